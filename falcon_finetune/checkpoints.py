@@ -1,0 +1,30 @@
+"""Which checkpoint a run continues from. (What a checkpoint holds is still the Trainer's own; see the README.)"""
+
+import re
+from pathlib import Path
+
+from falcon_finetune.options import Options, UserError
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def checkpoint_to_resume(options: Options, previous: dict | None) -> str | None:
+    """The checkpoint that this run continues from: the one asked for, else the newest of the same run, else none.
+
+    Raises:
+        UserError: --resume names a checkpoint that is not there, or there is none at all.
+    """
+    found = checkpoints_of(Path(options.output_dir))
+    names = ", ".join(path.name.split("-")[1] for path in found) or "none"
+    if options.resume in (None, "auto"):
+        if options.resume == "auto" and not found:
+            raise UserError(f"--resume: {options.output_dir} holds no checkpoint", "leave --resume out to start, and use --checkpoint_steps to keep some")
+        return str(found[-1]) if found and previous is not None else None
+    for path in found:
+        if options.resume in (path.name, path.name.split("-")[1], str(path)):
+            return str(path)
+    raise UserError(f"--resume {options.resume}: no such checkpoint in {options.output_dir}", f"steps that exist: {names}")

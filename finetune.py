@@ -1,0 +1,193 @@
+"""Fine-tunes a Falcon with LoRA on a base that is really quantised to 4 or 8 bits: one full replica per GPU, data parallel.
+
+    torchrun --nnodes 1 --nproc_per_node 1 finetune.py -m ybelkada/falcon-7b-sharded-bf16 -q 4bit
+    torchrun --nnodes 1 --nproc_per_node 8 finetune.py -m tiiuae/falcon-40b -q 8bit
+    python finetune.py -m tiny-7b-style          # a laptop: a small real Falcon and its data, made on the spot
+
+The file reads in the order of a run: options -> data -> quantised base -> LoRA -> SFTTrainer -> run directory.
+"""
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from falcon_finetune.console import quiet_the_stack, run_main, say
+from falcon_finetune.options import Options, UserError, parse_options
+
+
+def main() -> int:
+    started = time.time()
+    options = parse_options()
+    check_launch()
+
+    from falcon_finetune.run_record import claim_output_dir
+
+    previous = claim_output_dir(options)
+    if previous is not None and previous.get("status") == "finished":
+        say(f"{options.output_dir} is already finished ({previous['steps']} steps, last loss {previous['losses'][-1]:.4f}): nothing to do")
+        return 0
+    check_reporting(options)
+    quiet_the_stack()
+    return train(options, previous, started)
+
+
+def train(options: Options, previous: dict | None, started: float) -> int:
+    import torch
+    from accelerate import PartialState
+
+    from falcon_finetune.checkpoints import checkpoint_to_resume
+    from falcon_finetune.data import prepare_data
+    from falcon_finetune.family import find_model, load_tokenizer, weight_files
+    from falcon_finetune.lora import add_lora
+    from falcon_finetune.memory import c_compiler, choose_plan
+    from falcon_finetune.packed_falcon import ForwardPlan, PackedFalcon
+    from falcon_finetune.quantization import load_base, pick_compute_dtype, visible_device
+    from falcon_finetune.training import FalconTrainer, ProgressLine
+
+    # 1. Where: one device per process, known before anything is loaded.
+    device = visible_device(int(os.environ.get("LOCAL_RANK", "0")))
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
+        say(f"this machine has {torch.cuda.device_count()} GPUs; training on GPU 0 alone. To use all of them:\n"
+            f"  torchrun --nnodes 1 --nproc_per_node {torch.cuda.device_count()} {shlex.join(sys.argv)}")
+    dtype, why = pick_compute_dtype(options.compute_dtype, device)
+
+    # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
+    with state.main_process_first():
+        base = find_model(options.model_name, random_weights=options.random_weights, seed=options.seed, revision=options.revision)
+        tokenizer = load_tokenizer(base)
+    data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
+                        eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first)
+    say(data.report.summary())
+    resume_from = checkpoint_to_resume(options, previous)
+
+    # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
+    if base.random_seed is None:
+        with state.local_main_process_first():
+            weight_files(base)  # one download a node
+    model, census = load_base(base, options.quantize_mode, device, PackedFalcon)
+    say(f"{base.identity}: {census.line()}; {why}")
+
+    # 4. LoRA in float32 on every decoder linear, and how a step will be carried out on this device.
+    model = add_lora(model, options, base.identity)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = choose_plan(options, base.config, device, trainable, data.report.longest_row_tokens)
+    if device.type == "cuda" and c_compiler() is None:
+        say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
+    model.base_model.model.prepare_packed(ForwardPlan(compute_dtype=dtype, recompute=plan.recompute, compile=plan.compile))
+
+    # 5. Train.
+    steps = options.total_steps(len(data.train), state.num_processes)
+    record = start_record(options, base, data, census, dtype, plan, steps, trainable, state.num_processes, device, started, tokenizer)
+    say_derived(record, plan)
+    trainer = FalconTrainer(model=model, options=options, device=device, micro_batch_tokens=plan.micro_batch_tokens, steps=steps,
+                            train_dataset=data.train, eval_dataset=data.eval, tokenizer=tokenizer, callbacks=[ProgressLine(record)])
+    trainer.train(resume_from_checkpoint=resume_from)
+    eval_loss = trainer.evaluate()["eval_loss"] if data.eval is not None else None
+
+    # 6. The run directory.
+    finish_record(record, trainer, eval_loss, started)
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def check_launch() -> None:
+    """Refuses a half-set launcher environment, in which the stack would wait for ranks that never come."""
+    world = os.environ.get("WORLD_SIZE")
+    if world not in (None, "1") and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={world} is set but RANK is not: this process was not started by torchrun",
+                        f"unset WORLD_SIZE, or start it with torchrun --nproc_per_node {world} finetune.py ...")
+
+
+def check_reporting(options: Options) -> None:
+    """wandb without a key would stop the run after the weights are loaded: find out now."""
+    if options.report_to != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return
+    import netrc
+
+    try:
+        logged_in = any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    if not logged_in:
+        raise UserError("--report_to wandb: no wandb login was found", "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to sync later")
+
+
+def start_record(options, base, data, census, dtype, plan, steps, trainable, world_size, device, started, tokenizer) -> dict:
+    """run.json as it stands at the start; written by the first rank."""
+    from falcon_finetune.console import is_first_rank
+    from falcon_finetune.run_record import device_name, source_commit, versions, write_run
+
+    embedded = base.folder is None and base.random_seed is not None
+    record = {
+        "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)), "command": shlex.join(sys.argv),
+        "options": options.to_dict(), "base_model": base.identity, "revision": base.revision,
+        "tokenizer": "embedded byte-level" if embedded else type(tokenizer).__name__,
+        "quantize_mode": options.quantize_mode, "target_layers": census.target_layers, "quantized_layers": census.quantized_layers if options.quantize_mode != "16bit" else 0,
+        "census": census.to_dict(), "compute_dtype": str(dtype).removeprefix("torch."), "arithmetic_8bit": "int8 weights x 16-bit compute" if options.quantize_mode == "8bit" else None,
+        "plan": plan.to_dict(), "world_size": world_size, "effective_batch_size": options.rows_per_step(world_size), "steps": steps,
+        "trainable_parameters": trainable, "data": data.report.to_dict(), "template": data.template,
+        "versions": versions(), "commit": source_commit(), "device": device_name(device),
+        "peak_memory_gib": None, "peak_reserved_gib": None, "samples_per_second": None, "tokens_per_second": None,
+        "step_seconds": [], "losses": [], "eval_loss": None,
+    }
+    if is_first_rank():
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        write_run(Path(options.output_dir), record)
+        if options.report_to == "wandb":
+            import wandb
+
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "falcon-finetune"), name=Path(options.output_dir).name, dir=options.output_dir,
+                       config={key: record[key] for key in ("options", "base_model", "quantize_mode", "quantized_layers", "effective_batch_size", "versions")},
+                       settings=wandb.Settings(silent=True))
+    return record
+
+
+def say_derived(record: dict, plan) -> None:
+    """The numbers that follow from the flags, before step 1."""
+    options, data = record["options"], record["data"]
+    rows = record["effective_batch_size"]
+    tokens = rows * data["tokens"] / max(data["rows_kept"], 1)
+    say(f"{rows} rows a step ({options['batch_size_per_device']} x {options['gradient_accumulation_steps']} accumulation x {record['world_size']} ranks), "
+        f"about {tokens:,.0f} tokens; {record['steps']} steps = {record['steps'] * rows / max(data['rows_kept'] - data['rows_eval'], 1):.2f} epochs; "
+        f"{record['trainable_parameters'] / 1e6:.1f} M trainable parameters")
+    say(plan.line())
+
+
+def finish_record(record: dict, trainer, eval_loss: float | None, started: float) -> None:
+    """Adapter, tokenizer, trainer state, run.json, loss plot and model card; complete when run.json says "finished"."""
+    from falcon_finetune.console import is_first_rank
+    from falcon_finetune.run_record import peak_memory_gib, plot_losses, write_model_card, write_run
+
+    folder = Path(record["options"]["output_dir"])
+    speed = trainer.speed()  # a collective: every rank takes part
+    peaks = peak_memory_gib(trainer.args.device)
+    if not is_first_rank():
+        return
+    history = trainer.state.log_history
+    record |= speed | dict(zip(("peak_memory_gib", "peak_reserved_gib"), peaks))
+    record |= {"losses": [entry["loss"] for entry in history if "loss" in entry], "eval_loss": eval_loss,
+               "eval_losses": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry], "seconds": round(time.time() - started, 1)}
+    trainer.model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    title = f"{record['base_model'].split('/')[-1]}, {record['quantize_mode']}, LoRA rank {record['options']['lora_r']}, {record['effective_batch_size']} rows a step"
+    plot_losses(folder, record["losses"], record["eval_losses"], title)
+    write_model_card(folder, record)
+    if record["options"]["report_to"] == "wandb":
+        import wandb
+
+        wandb.finish()
+    record["status"] = "finished"
+    write_run(folder, record)
+    held_out = "" if eval_loss is None else f", held-out {eval_loss:.4f}"
+    rate = f"{record['samples_per_second']:.2f} samples/s, {record['tokens_per_second']:,.0f} tokens/s, " if record["samples_per_second"] else ""
+    say(f"loss {record['losses'][0]:.4f} -> {record['losses'][-1]:.4f}{held_out}; {rate}peak {record['peak_memory_gib']:.1f} GiB; run directory {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
