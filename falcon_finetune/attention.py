@@ -23,6 +23,7 @@ class RowBounds:
     starts: Tensor
     lengths: tuple[int, ...]
     longest: int
+    equal: bool = False  # all rows have the longest's length
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: RowBounds, alibi: Tensor | None = None) -> Tensor:
@@ -37,6 +38,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: RowBound
         [T, H, D] in the dtype of query.
     """
     if query.is_cuda and query.dtype != torch.float32 and alibi is None:
+        if bounds.equal:  # without ragged rows the dense causal kernel is about a third quicker
+            q, k, v = (x.view(-1, bounds.longest, x.shape[1], x.shape[2]).transpose(1, 2) for x in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(query.shape)
         return varlen.varlen_attn(query, key, value, bounds.starts, bounds.starts, bounds.longest, bounds.longest, window_size=(-1, 0), **_GROUPED)
     return attention_by_row(query, key, value, bounds.lengths, alibi)
 

@@ -41,7 +41,11 @@ def quiet_the_stack() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if is_first_rank() else "1")
+    # A bar is for a person who watches: in a log file each of its updates is a line. The variable is never set to 0, which would forbid
+    # hub.py to leave the bar out for small files.
+    has_bars = is_first_rank() and sys.stderr.isatty()
+    if not has_bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "accelerate", "torch.distributed", "torch.distributed.distributed_c10d"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -51,5 +55,5 @@ def quiet_the_stack() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
-    if not is_first_rank():
+    if not has_bars:
         datasets.disable_progress_bars()

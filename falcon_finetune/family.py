@@ -7,24 +7,19 @@ Code that comes with a checkpoint is never run: its configuration is read here, 
 """
 
 import contextlib
-import difflib
 import json
-import logging
 import os
-import queue
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from falcon_finetune.hub import HubRepo, fetch, fetch_entry, is_hub_id, last_line, listed, names_in, names_on_hub, nearby
 from falcon_finetune.options import UserError
 
 if TYPE_CHECKING:
     from transformers import FalconConfig, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 # The four linears of a decoder layer, in the order in which data passes through them.
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -73,11 +68,6 @@ _NOT_ARCHITECTURE = ("auto_map", "architectures", "model_type", "torch_dtype", "
                      "apply_residual_connection_post_layernorm")  # fmt: skip
 _SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
-# A hub that does not answer is an error within 10 s: seconds for each phase of a request, and for all of it (names are resolved
-# without a time-out of their own).
-_PHASE_SECONDS = 4.0
-_ANSWER_SECONDS = 8.0
-
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -107,6 +97,11 @@ class BaseModel:
         else:
             where = str(self.folder)
         return where if self.random_seed is None else f"random:{self.random_seed}:{where}"
+
+    @property
+    def hub_repo(self) -> HubRepo:
+        """Where more of its files come from, for what is from the hub."""
+        return _hub_repo(self.name, self.revision)
 
 
 def size_of(name: str) -> str | None:
@@ -151,7 +146,7 @@ def find_model(name: str, *, random_weights: bool = False, seed: int = 0, revisi
         raise UserError(f"{name} is a size, not a checkpoint", "add --random_weights, or name a checkpoint such as -m tiiuae/falcon-7b")
     else:
         _require_hub_id(name, local)
-        folder, commit = _config_from_hub(name, revision)
+        folder, commit = fetch_entry(_hub_repo(name, revision))
     return BaseModel(name, folder, read_config(folder), commit, random_seed)
 
 
@@ -159,6 +154,17 @@ def _is_tiny(name: str) -> bool:
     from falcon_finetune.tiny_falcon import TINY_MODELS
 
     return name in TINY_MODELS
+
+
+def _hub_repo(name: str, revision: str | None) -> HubRepo:
+    return HubRepo(name, "model", revision, CONFIG_FILE)
+
+
+def _require_hub_id(name: str, local: Path) -> None:
+    if local.exists():
+        raise UserError(f"model {name!r} is a file, not a folder", f"give the folder of the checkpoint: {local.parent}")
+    if not is_hub_id(name):
+        raise UserError(f"model {name!r} is no folder here and no hub id (user/model)", f"check the path{nearby(name, only_folders=True)}")
 
 
 def _refuse_revision(revision: str | None, reason: str) -> None:
@@ -177,7 +183,7 @@ def read_config(folder: Path) -> "FalconConfig":
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE}; found: {_listed(_names_in(folder))}", "give the folder of a whole Falcon checkpoint")
+        raise UserError(f"{folder} has no {CONFIG_FILE}; found: {listed(names_in(folder))}", "give the folder of a whole Falcon checkpoint")
     values = _read_json(path)
     kind = values.get("model_type")
     if kind != "falcon" and kind not in _TYPES_OF_2023:
@@ -215,7 +221,7 @@ def _build_config(arguments: dict, path: Path) -> "FalconConfig":
     try:
         config = FalconConfig(**arguments, architectures=["FalconForCausalLM"])
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no valid Falcon configuration: {_last_line(error)}", "correct that value") from error
+        raise UserError(f"{path} is no valid Falcon configuration: {last_line(error)}", "correct that value") from error
     heads, shared = config.num_attention_heads, config.num_kv_heads
     if min(heads, shared) < 1 or config.hidden_size % heads or (config.new_decoder_architecture and heads % shared):
         raise UserError(f"{path} has sizes that do not fit: hidden {config.hidden_size}, {heads} heads, {shared} K/V heads", source)
@@ -234,24 +240,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object", "download the file again")
     return values
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in Path(folder).iterdir())
-    except OSError:
-        return []
-
-
-def _listed(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
-    return ", ".join(names[:limit] + more) or "nothing"
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------------ the weights
@@ -277,28 +265,28 @@ def _download_weights(base: BaseModel) -> None:
     with contextlib.suppress(UserError):
         _local_weights(base.folder)
         return
-    names = _names_on_hub(base)
+    names = names_on_hub(base.hub_repo)
     entry = next((name for name in _WEIGHT_ENTRIES if name in names), None)
     if entry is None:
         raise _no_weights(f"{base.name} on the hub", names)
-    _fetch(base, [entry])
+    fetch(base.hub_repo, [entry])
     if entry.endswith(".index.json"):
         shards = _shards_in(base.folder / entry)
         absent = [shard for shard in shards if shard not in names]
         if absent:
-            raise UserError(f"{base.name} on the hub lacks {_listed(absent)}, which its {entry} names", "use another --revision or checkpoint")
-        _fetch(base, shards)
+            raise UserError(f"{base.name} on the hub lacks {listed(absent)}, which its {entry} names", "use another --revision or checkpoint")
+        fetch(base.hub_repo, shards)
 
 
 def _local_weights(folder: Path) -> list[Path]:
     entry = next((name for name in _WEIGHT_ENTRIES if (folder / name).is_file()), None)
     if entry is None:
-        raise _no_weights(str(folder), _names_in(folder))
+        raise _no_weights(str(folder), names_in(folder))
     if entry.endswith(".index.json"):
         paths = [folder / shard for shard in _shards_in(folder / entry)]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
-            raise UserError(f"{folder} lacks {len(absent)} of {len(paths)} shards named by {entry}: {_listed(absent)}", "download them")
+            raise UserError(f"{folder} lacks {len(absent)} of {len(paths)} shards named by {entry}: {listed(absent)}", "download them")
     else:
         paths = [folder / entry]
     for path in paths:
@@ -307,7 +295,7 @@ def _local_weights(folder: Path) -> list[Path]:
 
 
 def _no_weights(where: str, names: Iterable[str]) -> UserError:
-    return UserError(f"{where} has no weights; found: {_listed(names)}", f"it needs {', '.join(_WEIGHT_ENTRIES[:-1])} or {_WEIGHT_ENTRIES[-1]}")
+    return UserError(f"{where} has no weights; found: {listed(names)}", f"it needs {', '.join(_WEIGHT_ENTRIES[:-1])} or {_WEIGHT_ENTRIES[-1]}")
 
 
 def _shards_in(index: Path) -> list[str]:
@@ -361,11 +349,11 @@ def load_tokenizer(base: BaseModel) -> "PreTrainedTokenizerBase":
         UserError: no tokenizer, one that cannot be read, without EOS, or with more tokens than the model has embeddings.
     """
     if base.revision is not None and not (base.folder / TOKENIZER_FILE).is_file():
-        names = _names_on_hub(base)
+        names = names_on_hub(base.hub_repo)
         companions = [name for name in _TOKENIZER_COMPANIONS if name in names]
         for group in (companions, [TOKENIZER_FILE]):
             if group and set(group) <= set(names):
-                _fetch(base, group)
+                fetch(base.hub_repo, group)
     if base.folder is not None and (base.folder / TOKENIZER_FILE).is_file():
         tokenizer = _read_tokenizer(base.folder)
     elif base.random_seed is not None and base.revision is None:
@@ -374,7 +362,7 @@ def load_tokenizer(base: BaseModel) -> "PreTrainedTokenizerBase":
         tokenizer = byte_tokenizer()
         tokenizer.name_or_path = BYTE_TOKENIZER
     else:
-        raise UserError(f"{base.name} has no {TOKENIZER_FILE}; found: {_listed(_names_in(base.folder))}",
+        raise UserError(f"{base.name} has no {TOKENIZER_FILE}; found: {listed(names_in(base.folder))}",
                         "copy the tokenizer files of the Falcon it was made from into the folder")  # fmt: skip
     _set_special_tokens(tokenizer, base)
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -391,7 +379,7 @@ def _read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         # Not AutoTokenizer: it would look at auto_map, here and in config.json.
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises bare Exception for a broken tokenizer.json
-        raise UserError(f"cannot read the tokenizer in {folder}: {_last_line(error)}", "download its tokenizer files again") from error
+        raise UserError(f"cannot read the tokenizer in {folder}: {last_line(error)}", "download its tokenizer files again") from error
 
 
 def _set_special_tokens(tokenizer: "PreTrainedTokenizerBase", base: BaseModel) -> None:
@@ -404,197 +392,3 @@ def _set_special_tokens(tokenizer: "PreTrainedTokenizerBase", base: BaseModel) -
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((token for token in _PADDING_TOKENS if token in vocabulary and token != tokenizer.eos_token), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- the hub
-
-
-def _require_hub_id(name: str, local: Path) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if local.exists():
-        raise UserError(f"model {name!r} is a file, not a folder", f"give the folder of the checkpoint: {local.parent}")
-    try:
-        if name.startswith((".", "/", "~")) or "\\" in name:
-            raise HFValidationError
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(f"model {name!r} is no folder here and no hub id (user/model)", f"check the path{_nearby(name)}") from None
-
-
-def _nearby(name: str) -> str:
-    """`; folders near it: ...`, or nothing: folders whose names resemble a name that was not found."""
-    start, last = os.path.split(name.rstrip("/"))
-    found: list[str] = []
-    for parent in dict.fromkeys((start, ".")):
-        folder = Path(parent or ".").expanduser()
-        folders = [entry for entry in _names_in(folder) if (folder / entry).is_dir() and not entry.startswith(".")]
-        found += [os.path.join(parent or ".", entry) for entry in difflib.get_close_matches(last, folders, n=3, cutoff=0.6)]
-    return f"; folders near it: {_listed(dict.fromkeys(found), 3)}" if found else ""
-
-
-def _config_from_hub(name: str, revision: str | None) -> tuple[Path, str]:
-    """Snapshot folder with config.json, and its commit."""
-    from huggingface_hub import constants, hf_hub_download
-
-    is_commit = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision)
-    cached = None
-    try:
-        cached = _cached_config(name, revision)
-        if cached is not None and (constants.HF_HUB_OFFLINE or is_commit):
-            return cached
-        _reach_hub(name, revision)
-        with _no_progress_bars():
-            path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision, etag_timeout=_PHASE_SECONDS))
-    except _hub_failures() as error:
-        if cached is None or not _is_outage(error):
-            raise _explain(error, name, revision) from error
-        logger.warning("%s; using the cached revision %s of %s", _explain(error, name, revision).cause, cached[1], name)
-        return cached
-    return path.parent, path.parent.name  # the cache keeps a file as .../snapshots/COMMIT/config.json
-
-
-def _cached_config(name: str, revision: str | None) -> tuple[Path, str] | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        path = Path(hf_hub_download(name, CONFIG_FILE, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return path.parent, path.parent.name
-
-
-def _reach_hub(name: str, revision: str | None) -> None:
-    """Asks the hub once, without retries, whether config.json can be had; writes nothing.
-
-    The library's downloads repeat a failed request for half a minute; this can go when a release lets the caller limit that.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    url = hf_hub_url(name, CONFIG_FILE, revision=revision)
-    _answer_within(_ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PHASE_SECONDS))
-
-
-def _answer_within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """Calls `ask` and waits no longer than `seconds` for it; what it raises is raised here."""
-    answers: queue.Queue = queue.Queue()
-
-    def call() -> None:
-        try:
-            answers.put((ask(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=call, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        error = TimeoutError(f"no answer within {seconds:g} s")
-    if error is not None:
-        raise error
-    return answer
-
-
-def _names_on_hub(base: BaseModel) -> list[str]:
-    """The files of a hub model at its revision."""
-    from huggingface_hub import HfApi
-
-    try:
-        _reach_hub(base.name, base.revision)
-        return HfApi().list_repo_files(base.name, revision=base.revision)
-    except _hub_failures() as error:
-        raise _explain(error, base.name, base.revision) from error
-
-
-def _fetch(base: BaseModel, names: list[str]) -> None:
-    """Brings files of a hub model into its snapshot folder, with a progress bar for weights."""
-    from huggingface_hub import snapshot_download
-
-    large = any(name.endswith((".safetensors", ".bin")) for name in names)
-    try:
-        with contextlib.nullcontext() if large else _no_progress_bars():
-            snapshot_download(base.name, revision=base.revision, allow_patterns=names, etag_timeout=_PHASE_SECONDS)
-    except _hub_failures() as error:
-        raise _explain(error, base.name, base.revision) from error
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """No bar for small files."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _hub_failures() -> tuple[type[BaseException], ...]:
-    # HTTPError is the base class of whichever HTTP library this huggingface_hub is built on: httpx in 1.x, httpx2 in 2.x.
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-    return HTTPError, EntryNotFoundError, OSError
-
-
-def _root_of(error: BaseException) -> BaseException:
-    """What stopped a download: the library wraps it in "not found locally" errors."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_outage(error: BaseException) -> bool:
-    """Whether the hub did not answer or is out of order, as opposed to refusing this request."""
-    status = _status(_root_of(error))
-    return status is None or status >= 500 or status == 429
-
-
-def _explain(error: BaseException, name: str, revision: str | None) -> UserError:
-    """Cause and cure of a request that failed: offline, unreachable, gated, mistyped, or a cache that cannot be written."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
-
-    error, hub = _root_of(error), constants.ENDPOINT
-    status = _status(error)
-    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
-        return UserError(f"{name} is not (completely) in the cache, and HF_HUB_OFFLINE=1 forbids to ask the hub",
-                         f"unset HF_HUB_OFFLINE, or run 'hf download {name}' where there is a network{_nearby(name)}")  # fmt: skip
-    if isinstance(error, GatedRepoError):
-        return UserError(f"{name} is gated, and this machine may not read it (token found: {_token_found()})",
-                         f"accept its licence at {hub}/{name}, then run 'hf auth login' or set HF_TOKEN")  # fmt: skip
-    if isinstance(error, RevisionNotFoundError):
-        return UserError(f"{name} on {hub} has no revision {revision!r}", f"choose one of {hub}/{name}/tree/main, or drop --revision")
-    if isinstance(error, EntryNotFoundError) and status is not None:
-        return UserError(f"{name} on {hub} has no {CONFIG_FILE}", f"see {hub}/{name}/tree/main; give the id of a whole Falcon checkpoint")
-    if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return UserError(f"{hub} has no model {name!r} that this machine may read (token found: {_token_found()})",
-                         f"check the spelling; a private model needs 'hf auth login' or HF_TOKEN{_nearby(name)}")  # fmt: skip
-    if status in (401, 403):
-        return UserError(f"{hub} refuses {name} with HTTP {status} (token found: {_token_found()})",
-                         f"open {hub}/{name} in a browser, accept its licence if it has one, then run 'hf auth login' or set HF_TOKEN")  # fmt: skip
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-        return UserError(f"cannot use the hub's cache {constants.HF_HUB_CACHE}: {error.strerror or error}",
-                         "set HF_HOME to a folder that can be written and has room for the model")  # fmt: skip
-    reason = f"HTTP {status}" if status is not None else f"{type(error).__name__}: {_last_line(error)}"
-    return UserError(f"the hub at {hub} cannot be reached for {name} ({reason})",
-                     f"check the network, HF_ENDPOINT and proxy settings, or give a local folder with -m{_nearby(name)}")  # fmt: skip
-
-
-def _token_found() -> str:
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        return "none"
-    return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "yes"

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from falcon_finetune.family import LORA_TARGETS
 from falcon_finetune.options import Options
-from falcon_finetune.quantization import dequantize, frozen_tensors
-
-try:
-    from falcon_finetune import lora_kernels
-except ImportError:  # CPU builds of torch come without Triton
-    lora_kernels = None
+from falcon_finetune.quantization import dequantize, frozen_tensors, kernels
 
 ADAPTER = "default"
 
@@ -96,7 +91,7 @@ def lora_linear_op(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: 
     x [T, in] in the compute dtype; frozen: the stored W [out, in]; a [r, in] and b [out, r] in float32; tokens int32 [T]; features int32 [in].
     """
     if _has_kernels(x, a):
-        u = lora_kernels.project_dropped(x, a.to(x.dtype), tokens, features, keep_threshold(dropout), 1 - dropout)
+        u = kernels.project_dropped(x, a.to(x.dtype), tokens, features, keep_threshold(dropout), 1 - dropout)
     else:
         u = F.linear(drop(x, tokens, features, dropout), a.to(x.dtype))
     y = F.linear(x, dequantize(frozen, (b.shape[0], x.shape[1]), x.dtype), None if bias is None else bias.to(x.dtype))
@@ -118,8 +113,8 @@ def lora_linear_backward_op(grad: Tensor, x: Tensor, u: Tensor, frozen: Sequence
     grad_x = grad @ dequantize(frozen, (b.shape[0], x.shape[1]), grad.dtype)
     if _has_kernels(x, a):
         place = (tokens, features, keep_threshold(dropout), 1 - dropout)
-        grad_a = lora_kernels.outer_dropped(grad_u, x, *place)
-        lora_kernels.add_dropped_update(grad_x, grad_u, a.to(grad.dtype), *place)
+        grad_a = kernels.outer_dropped(grad_u, x, *place)
+        kernels.add_dropped_update(grad_x, grad_u, a.to(grad.dtype), *place)
     else:
         grad_a = _mm_float32(grad_u.t(), drop(x, tokens, features, dropout))
         grad_x += drop(grad_u @ a.to(grad.dtype), tokens, features, dropout)
@@ -132,7 +127,7 @@ def _(grad, x, u, frozen, a, b, tokens, features, scale, dropout):
 
 
 def _has_kernels(x: Tensor, a: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16 and lora_kernels is not None and a.shape[0] <= lora_kernels.MAX_RANK
+    return x.is_cuda and x.dtype == torch.bfloat16 and kernels is not None and a.shape[0] <= kernels.MAX_RANK
 
 
 def _mm_float32(left: Tensor, right: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from transformers.activations import get_activation
 
 from falcon_finetune.attention import RowBounds, packed_attention
 from falcon_finetune.lora import LoraLinear, mix
+from falcon_finetune.quantization import kernels
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
+TOKEN_BLOCK = 128
 _HEAD_CHUNK_BYTES = 2**29  # float32 logits held at once
 
 
@@ -42,14 +44,18 @@ class PackedRows:
         return replace(self, bounds=replace(self.bounds, starts=self.bounds.starts.to(device, non_blocking=True)), **move)
 
 
-def pack_rows(rows: Sequence[dict], slots: Sequence[int] | None = None, row_stride: int = 1 << 16) -> PackedRows:
+def pack_rows(rows: Sequence[dict], slots: Sequence[int] | None = None, multiple: int = 1, row_stride: int = 1 << 16) -> PackedRows:
     """Lays rows end to end.
 
     Args:
         rows: dicts of equally long `input_ids` and `labels` (labels not shifted, -100 where not learnt).
         slots: the place of each row in the optimizer step (default: 0, 1, ...).
+        multiple: T is rounded up to it by a filler row that carries no loss and that no other row sees (GEMM tiles, one compiled graph).
         row_stride: a number above the longest row, the same for the whole run.
     """
+    if filler := -sum(len(row["input_ids"]) for row in rows) % multiple:
+        rows = [*rows, {"input_ids": [0] * filler, "labels": [IGNORED] * filler}]
+        slots = [*(range(len(rows) - 1) if slots is None else slots), -1]
     lengths = tuple(len(row["input_ids"]) for row in rows)
     slots = range(len(rows)) if slots is None else slots
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -60,7 +66,7 @@ def pack_rows(rows: Sequence[dict], slots: Sequence[int] | None = None, row_stri
     return PackedRows(
         input_ids=torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]),
         positions=positions, token_ids=token_ids.to(torch.int32), learnt_at=learnt_at, targets=shifted[learnt_at],
-        bounds=RowBounds(starts, lengths, max(lengths)),
+        bounds=RowBounds(starts, lengths, max(lengths), min(lengths) == max(lengths)),
     )
 
 
@@ -84,7 +90,7 @@ class PackedFalcon(FalconForCausalLM):
         """Collects the tensors of the adapted layers (after `add_lora`) and fixes the plan."""
         self.plan = plan
         self.packed_layers = [PackedLayer(layer, index) for index, layer in enumerate(self.transformer.h)]
-        self.layer_forward = torch.compile(decoder_layer, dynamic=False) if plan.compile else decoder_layer
+        self.layer_forward = torch.compile(blocked_layer, dynamic=None) if plan.compile else decoder_layer
 
     def forward(self, input_ids=None, packed: PackedRows | None = None, dropout_key: int = 0, **kwargs):
         """`packed`: the loss summed over its learnt positions (float32 scalar), of this micro-batch. Without it, transformers' own forward."""
@@ -103,13 +109,16 @@ class PackedFalcon(FalconForCausalLM):
         tokens = mix(mix(rows.token_ids) ^ _as_int32(dropout_key))
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # the first layer's adapters need the graph, the embedding does not
+        shape = hidden.shape
+        if plan.compile:  # whole blocks: torch.compile then knows that any T is a multiple of TOKEN_BLOCK
+            hidden, cos, sin, tokens = (x if x is None else x.unflatten(0, (-1, TOKEN_BLOCK)) for x in (hidden, cos, sin, tokens))
         for layer in self.packed_layers:
             arguments = (layer, hidden, cos, sin, slopes, tokens, rows.bounds, plan.compute_dtype, self.training)
             if plan.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(self.layer_forward, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self.layer_forward(*arguments)
-        return hidden
+        return hidden.view(shape)
 
 
 def _as_int32(value: int) -> int:
@@ -172,6 +181,12 @@ def decoder_layer(layer: PackedLayer, hidden: Tensor, cos: Tensor | None, sin: T
     return hidden + output if layer.sequential else hidden + (attended.float() + output.float()).to(hidden.dtype)
 
 
+def blocked_layer(layer: PackedLayer, hidden: Tensor, cos: Tensor | None, sin: Tensor | None, slopes: Tensor | None, tokens: Tensor, *constants) -> Tensor:
+    """`decoder_layer` on blocks of tokens, [T / TOKEN_BLOCK, TOKEN_BLOCK, ...]: what is compiled."""
+    flat = [x if x is None else x.flatten(0, 1) for x in (hidden, cos, sin)]
+    return decoder_layer(layer, *flat, slopes, tokens.flatten(), *constants).view(hidden.shape)
+
+
 def rotary_tables(rotary: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, D] in float32."""
     angles = positions[:, None].float() * rotary.inv_freq[None].float()
@@ -210,7 +225,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = max(1, _HEAD_CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, hidden.shape[0], rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
-            logits = (part @ weight.t()).float()
+            logits = part @ weight.t()
+            if kernels is not None and logits.is_cuda:
+                total += kernels.cross_entropy_(logits, targets[start : start + rows], grad=wants_grad).sum()
+                if wants_grad:
+                    torch.mm(logits, weight, out=grad[start : start + rows])
+                continue
+            logits = logits.float()
             normaliser = logits.logsumexp(1, keepdim=True)
             total += (normaliser - logits.gather(1, wanted)).sum()
             if wants_grad:

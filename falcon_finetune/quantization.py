@@ -20,6 +20,11 @@ from transformers.quantizers import AutoHfQuantizer
 from falcon_finetune.family import LORA_TARGETS, BaseModel, weight_files
 from falcon_finetune.options import UserError
 
+try:
+    from falcon_finetune import kernels
+except ImportError:  # CPU builds of torch come without Triton
+    kernels = None
+
 STORED_AS = {"4bit": "nf4", "8bit": "int8", "16bit": "bf16"}
 
 
@@ -263,24 +268,29 @@ def _other_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def frozen_tensors(module: nn.Module) -> list[torch.Tensor]:
     """The stored weight of a decoder linear as plain tensors, for `dequantize`.
 
-    4bit: codes [n/2, 1], absmax codes, their scales, their code book [256], their offset. 8bit: codes [out, in], scales [out]. 16bit: [out, in].
+    4bit: codes [n/2, 1], absmax codes, their scales, their code book [256], their offset, the NF4 levels [16]. 8bit: codes [out, in], scales [out]. 16bit: [out, in].
     """
     if isinstance(module, bnb.nn.Linear4bit):
         state = module.weight.quant_state
-        return [module.weight.data, state.absmax, state.state2.absmax, state.state2.code, state.offset]
+        return [module.weight.data, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code]
     if isinstance(module, bnb.nn.Linear8bitLt):
         return [module.weight.data, _row_scales(module)]
     return [module.weight.data]
 
 
 def dequantize(tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] that `frozen_tensors` stores, in the compute dtype, by bitsandbytes' own kernels."""
-    if len(tensors) == 5:
-        codes, absmax_codes, absmax_scales, code_book, offset = tensors
+    """The weight [out, in] that `frozen_tensors` stores, in the compute dtype: one kernel on a GPU, bitsandbytes' own elsewhere."""
+    fast = kernels is not None and tensors[0].is_cuda
+    if len(tensors) == 6:
+        if fast:
+            return kernels.dequantize_nf4(*tensors, shape, dtype)
+        codes, absmax_codes, absmax_scales, code_book, offset, _ = tensors
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax_codes, absmax_scales, code_book, 256, torch.float32) + offset
         return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", shape, dtype)
     if len(tensors) == 2:
         codes, scales = tensors
+        if fast:
+            return kernels.dequantize_int8(codes, scales, dtype)
         return codes.to(dtype).mul_((scales * (1 / 127)).unsqueeze(1))  # float32 scales: rounded once, after the product
     return tensors[0].to(dtype)
 

@@ -38,13 +38,13 @@ MANIFEST = "tiny_falcon.json"
 ABANDONED_AFTER_SECONDS = 3600
 
 # An initializer_range near 1 / sqrt(hidden_size): with the library's 0.02 the base has not learnt to copy a word after 300 steps.
-_COMMON_SIZES = {
+_COMMON_CONFIG = {
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.05,
 }  # fmt: skip
 # FalconConfig arguments of each tiny model: the two attention layouts that the published Falcons have.
 TINY_MODELS: dict[str, dict] = {
-    "tiny-7b-style": {**_COMMON_SIZES, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "num_kv_heads": 1},
-    "tiny-40b-style": {**_COMMON_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2},
+    "tiny-7b-style": {**_COMMON_CONFIG, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "num_kv_heads": 1},
+    "tiny-40b-style": {**_COMMON_CONFIG, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2},
 }
 
 # Few and short words: 448 tokens then hold each of them whole, which makes rows short and pre-training quick.
@@ -155,8 +155,8 @@ def _build_aside_then_move(folder: Path, name: str, say: Callable[[str], None], 
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".staging", dir=folder.parent))
     try:
         loss = _build(staging, name, seed, pretraining_steps)
-        staging.chmod(0o755)  # mkdtemp's 0700 would shut out those who share the cache
-        if folder.exists():  # damaged: a complete one is never built again
+        staging.chmod(0o755)  # mkdtemp makes it 0700
+        if folder.exists() and not _is_complete(folder):
             os.replace(folder, staging / "damaged")
         with contextlib.suppress(OSError):  # another process was first: the names of non-empty folders are not taken over
             os.replace(staging, folder)
@@ -193,6 +193,8 @@ def _build(folder: Path, name: str, seed: int, pretraining_steps: int) -> float:
     with _no_progress_bars():
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod((folder / "train.jsonl").stat().st_mode)  # safetensors writes 0600, which shuts out those who share the cache
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     manifest = {"name": name, "recipe_version": RECIPE_VERSION, "seed": seed, "pretraining_steps": pretraining_steps, "sha256": digests}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -348,7 +350,7 @@ def _wrap_tokenizer(tokenizer) -> "PreTrainedTokenizerFast":
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
-        model_max_length=_COMMON_SIZES["max_position_embeddings"],
+        model_max_length=_COMMON_CONFIG["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
 

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from falcon_finetune.options import Options
-from falcon_finetune.packed_falcon import PackedRows, pack_rows
+from falcon_finetune.packed_falcon import TOKEN_BLOCK, PackedRows, pack_rows
 
 WARM_UP_STEPS = 3  # left out of every speed figure: compilation, allocator, clocks
 
@@ -50,7 +50,7 @@ class StepSampler:
             yield mine
 
 
-def cut_into_micro_batches(rows: Sequence[dict], budget: int, first_slot: int = 0) -> list[PackedRows]:
+def cut_into_micro_batches(rows: Sequence[dict], budget: int, first_slot: int = 0, multiple: int = 1) -> list[PackedRows]:
     """Packs rows in their order into as few micro-batches of at most `budget` tokens as that order allows; a longer row stands alone."""
     groups: list[list[int]] = []
     tokens = budget + 1
@@ -61,21 +61,21 @@ def cut_into_micro_batches(rows: Sequence[dict], budget: int, first_slot: int = 
             tokens = 0
         groups[-1].append(index)
         tokens += length
-    return [pack_rows([rows[i] for i in group], [first_slot + i for i in group]) for group in groups]
+    return [pack_rows([rows[i] for i in group], [first_slot + i for i in group], multiple) for group in groups]
 
 
 class StepCollator:
     """The rows of one rank's share of an optimizer step as packed micro-batches and their counts."""
 
-    def __init__(self, budget: int, first_slot: int):
-        self.budget, self.first_slot = budget, first_slot
+    def __init__(self, budget: int, first_slot: int, multiple: int = 1):
+        self.budget, self.first_slot, self.multiple = budget, first_slot, multiple
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        micro_batches = cut_into_micro_batches(rows, self.budget, self.first_slot)
+        micro_batches = cut_into_micro_batches(rows, self.budget, self.first_slot, self.multiple)
         if torch.cuda.is_available():
             micro_batches = [_pinned(batch) for batch in micro_batches]
         return {"micro_batches": micro_batches, "learnt_tokens": sum(len(batch.targets) for batch in micro_batches),
-                "tokens": sum(len(batch.input_ids) for batch in micro_batches), "rows": len(rows)}
+                "tokens": sum(len(row["input_ids"]) for row in rows), "rows": len(rows)}
 
 
 def _pinned(batch: PackedRows) -> PackedRows:
@@ -124,6 +124,7 @@ class FalconTrainer(SFTTrainer):
     def __init__(self, *, model, options: Options, device: torch.device, micro_batch_tokens: int, steps: int, train_dataset, eval_dataset,
                  tokenizer, callbacks: Sequence[TrainerCallback] = ()):
         self.options, self.micro_batch_tokens = options, micro_batch_tokens
+        self.token_multiple = TOKEN_BLOCK if device.type == "cuda" or model.base_model.model.plan.compile else 1
         self.step_tokens: list[int] = []  # of this rank, one number a step of this process
         self._unread: list[tuple[int, Tensor, Tensor, float, int]] = []
         adapters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -141,7 +142,7 @@ class FalconTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         rank, world = self.args.process_index, self.args.world_size
         sampler = StepSampler(len(self.train_dataset), self.options.rows_per_step(world), self.args.max_steps, self.options.seed, rank, world)
-        collator = StepCollator(self.micro_batch_tokens, rank * self.options.rows_per_rank)
+        collator = StepCollator(self.micro_batch_tokens, rank * self.options.rows_per_rank, self.token_multiple)
         return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collator)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
@@ -224,7 +225,7 @@ class FalconTrainer(SFTTrainer):
         sums = torch.zeros(2, dtype=torch.float64)
         mine = range(self.args.process_index, len(rows), self.args.world_size)
         for start in range(0, len(mine), 64):
-            for batch in cut_into_micro_batches([rows[i] for i in mine[start : start + 64]], self.micro_batch_tokens):
+            for batch in cut_into_micro_batches([rows[i] for i in mine[start : start + 64]], self.micro_batch_tokens, multiple=self.token_multiple):
                 sums += torch.tensor([self.model(packed=batch.to(self.args.device)).item(), len(batch.targets)], dtype=torch.float64)
         sums = self._sum_over_ranks(sums.to(self.args.device)).cpu()
         self.model.train(was_training)

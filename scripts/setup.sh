@@ -2,8 +2,8 @@
 # Makes .venv in the repository root and installs a list of requirements into it; once that is done, it finds nothing to do.
 #   bash scripts/setup.sh                                   # requirements.txt: what finetune.py and the scripts need
 #   bash scripts/setup.sh tests/requirements.txt            # the same and the test tools
-#   PYTHON=/opt/python3.12/bin/python3 bash scripts/setup.sh    # with this Python, not the first suitable one on PATH
-# Machine: Linux with Python 3.11 to 3.14, a GPU or none. Minutes: 1 to 10, by the network. Cost: about 8 GB of disk.
+#   PYTHON=python3.12 bash scripts/setup.sh                   # with this Python, not the first suitable one on PATH
+# Machine: Linux with Python 3.11 to 3.14, a GPU or none. Minutes: 1 to 10, by the network. Cost: up to 6 GB of disk.
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS) say where packages come from.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,7 @@
-"""Triton kernels of the LoRA operator: products with the dropped input whose mask is made in registers, never stored.
+"""Triton kernels for what a GEMM library has no call for: dropped LoRA products, dequantisation, cross entropy.
 
-Each reads the wide matrix once. Their plain twins stand in lora.py (`drop` and a matmul); the tests hold the two together.
+Each reads the wide matrix once, and masks are made in registers, never stored. Their plain twins stand in lora.py, quantization.py and
+packed_falcon.py; the tests hold each pair together.
 """
 
 import torch
@@ -8,45 +9,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UPDATE_TILE = (64, 128, 4)  # rows, columns, warps
 MAX_RANK = 128  # a block of this rank still fits the registers; larger ranks take the plain twin
 
 
 @triton.jit
 def _keep(token_keys, feature_keys, threshold):
     """The mask of lora.drop for a tile: token_keys [M, 1], feature_keys [1, N], int32."""
-    value = (token_keys ^ feature_keys) * 0x7FEB352D
-    value = (value ^ ((value >> 15) & 0x1FFFF)) * -2073254261
-    return value < threshold
+    value = (token_keys ^ feature_keys).to(tl.uint32, bitcast=True) * 0x7FEB352D
+    value = (value ^ (value >> 15)) * 0x846CA68B
+    return value.to(tl.int32, bitcast=True) < threshold
 
 
 @triton.jit
-def _project_kernel(x, a, tokens, features, u, T, K, R, stride_x, threshold, inverse_keep,
+def _project_kernel(x, a, tokens, features, partial, T, K, R, stride_x, columns_per_split, threshold, inverse_keep,
                     DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
     ranks = tl.arange(0, BR)
     inside = rows < T
     token_keys = tl.load(tokens + rows, mask=inside, other=0)[:, None]
     total = tl.zeros((BM, BR), dtype=tl.float32)
-    for start in range(0, K, BK):
+    first = split * columns_per_split
+    last = tl.minimum(first + columns_per_split, K)
+    for start in range(first, last, BK):
         columns = start + tl.arange(0, BK)
-        valid = columns < K
+        valid = columns < last
         tile = tl.load(x + rows[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
         if DROP:
             feature_keys = tl.load(features + columns, mask=valid, other=0)[None, :]
             tile = tl.where(_keep(token_keys, feature_keys, threshold), tile, 0.0)
         weight = tl.load(a + ranks[None, :] * K + columns[:, None], mask=(ranks < R)[None, :] & valid[:, None], other=0.0)
         total = tl.dot(tile, weight, total)
-    tl.store(u + rows[:, None] * R + ranks[None, :], (total * inverse_keep).to(u.dtype.element_ty), mask=inside[:, None] & (ranks < R)[None, :])
+    out = partial + (split * T + rows[:, None]).to(tl.int64) * R + ranks[None, :]
+    tl.store(out, total * inverse_keep, mask=inside[:, None] & (ranks < R)[None, :])
 
 
 def project_dropped(x: Tensor, a: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float) -> Tensor:
-    """u = drop(x) a': x [T, K] and a [R, K] in bf16 -> [T, R] in bf16."""
+    """u = drop(x) a': x [T, K] and a [R, K] in bf16 -> [T, R] in bf16, summed in float32 in a fixed order."""
     count, width, rank = x.shape[0], x.shape[1], a.shape[0]
-    u = x.new_empty(count, rank)
-    block = 64 if count >= 8192 else 32 if count >= 4096 else 16
-    _project_kernel[(triton.cdiv(count, block),)](x, a, tokens, features, u, count, width, rank, x.stride(0), threshold, 1 / keep,
-                                                  DROP=keep < 1, BM=block, BK=128, BR=_rank_block(rank), num_warps=4, num_stages=4)
-    return u
+    row_blocks = triton.cdiv(count, 64)
+    splits = max(1, min(8, 528 // row_blocks, width // 512))
+    columns_per_split = triton.cdiv(triton.cdiv(width, splits), 64) * 64
+    splits = triton.cdiv(width, columns_per_split)
+    partial = torch.empty(splits, count, rank, dtype=torch.float32, device=x.device)
+    _project_kernel[(row_blocks, splits)](x, a, tokens, features, partial, count, width, rank, x.stride(0), columns_per_split, threshold, 1 / keep,
+                                          DROP=keep < 1, BM=64, BK=64, BR=_rank_block(rank), num_warps=4, num_stages=3)
+    return (partial.sum(0) if splits > 1 else partial[0]).to(x.dtype)
 
 
 @triton.jit
@@ -93,6 +102,9 @@ def _update_kernel(grad_x, grad_u, a, tokens, features, T, K, R, stride_g, thres
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     ranks = tl.arange(0, BR)
     inside, valid = rows < T, columns < K
+    place = grad_x + rows[:, None].to(tl.int64) * stride_g + columns[None, :]
+    both = inside[:, None] & valid[None, :]
+    before = tl.load(place, mask=both, other=0.0)
     grad = tl.load(grad_u + rows[:, None] * R + ranks[None, :], mask=inside[:, None] & (ranks < R)[None, :], other=0.0)
     weight = tl.load(a + ranks[:, None] * K + columns[None, :], mask=(ranks < R)[:, None] & valid[None, :], other=0.0)
     update = tl.dot(grad, weight)
@@ -100,17 +112,16 @@ def _update_kernel(grad_x, grad_u, a, tokens, features, T, K, R, stride_g, thres
         token_keys = tl.load(tokens + rows, mask=inside, other=0)[:, None]
         feature_keys = tl.load(features + columns, mask=valid, other=0)[None, :]
         update = tl.where(_keep(token_keys, feature_keys, threshold), update * inverse_keep, 0.0)
-    place = grad_x + rows[:, None].to(tl.int64) * stride_g + columns[None, :]
-    both = inside[:, None] & valid[None, :]
-    tl.store(place, (tl.load(place, mask=both, other=0.0).to(tl.float32) + update).to(grad_x.dtype.element_ty), mask=both)
+    tl.store(place, (before.to(tl.float32) + update).to(grad_x.dtype.element_ty), mask=both)
 
 
 def add_dropped_update(grad_x: Tensor, grad_u: Tensor, a: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float) -> None:
     """grad_x += mask (grad_u a) / keep, in place: grad_x [T, K], grad_u [T, R], a [R, K], all bf16; the sum is rounded once."""
     count, width, rank = grad_x.shape[0], grad_x.shape[1], a.shape[0]
-    grid = (triton.cdiv(count, 128), triton.cdiv(width, 128))
+    rows, columns, warps = UPDATE_TILE
+    grid = (triton.cdiv(count, rows), triton.cdiv(width, columns))
     _update_kernel[grid](grad_x, grad_u, a, tokens, features, count, width, rank, grad_x.stride(0), threshold, 1 / keep,
-                         DROP=keep < 1, BM=128, BK=128, BR=_rank_block(rank), num_warps=8, num_stages=2)
+                         DROP=keep < 1, BM=rows, BK=columns, BR=_rank_block(rank), num_warps=warps, num_stages=2)
 
 
 @triton.jit
@@ -131,3 +142,54 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 def _rank_block(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def _nf4_kernel(codes, absmax_codes, absmax_scales, code_book, offset, levels, out, COUNT, BYTES: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    inside = place < COUNT
+    byte = tl.load(codes + place, mask=inside, other=0)
+    block = place // 32  # 64 weights share an absmax
+    absmax_code = tl.load(absmax_codes + block, mask=inside, other=0)
+    absmax = tl.load(code_book + absmax_code) * tl.load(absmax_scales + block // 256, mask=inside, other=0.0) + tl.load(offset)
+    high = tl.load(levels + (byte >> 4)) * absmax
+    low = tl.load(levels + (byte & 15)) * absmax
+    pair = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    tl.store(out + pair, tl.interleave(high, low).to(out.dtype.element_ty), mask=pair < 2 * COUNT)
+
+
+def dequantize_nf4(codes: Tensor, absmax_codes: Tensor, absmax_scales: Tensor, code_book: Tensor, offset: Tensor, levels: Tensor,
+                   shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The doubly quantised NF4 weight in one pass: its absmax is decoded on the way (bitsandbytes takes three kernels)."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    _nf4_kernel[(triton.cdiv(codes.numel(), 1024),)](codes, absmax_codes, absmax_scales, code_book, offset, levels, out, codes.numel(), BYTES=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _cross_entropy_kernel(logits, targets, losses, V, stride, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    top, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * stride + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(value, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(value - higher), 0)
+        top = higher
+    normaliser = top + tl.log(total)
+    tl.store(losses + row, normaliser - tl.load(logits + row * stride + target).to(tl.float32))
+    if GRAD:
+        tl.debug_barrier()  # the target's logit is read before it is overwritten
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * stride + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+            share = tl.exp(value - normaliser) - tl.where(columns == target, 1.0, 0.0)
+            tl.store(logits + row * stride + columns, share.to(logits.dtype.element_ty), mask=columns < V)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, *, grad: bool) -> Tensor:
+    """The loss of each row, float32 [L]; with `grad`, logits [L, V] are overwritten with softmax - onehot(target)."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    _cross_entropy_kernel[(logits.shape[0],)](logits, targets, losses, logits.shape[1], logits.stride(0), GRAD=grad, BLOCK=4096, num_warps=8)
+    return losses
