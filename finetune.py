@@ -55,13 +55,13 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     dtype, why = pick_compute_dtype(options.compute_dtype, device)
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
+    resume_from = checkpoint_to_resume(options, previous)
     with state.main_process_first():
         base = find_model(options.model_name, random_weights=options.random_weights, seed=options.seed, revision=options.revision)
         tokenizer = load_tokenizer(base)
     data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
                         eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first)
     say(data.report.summary())
-    resume_from = checkpoint_to_resume(options, previous)
 
     # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
@@ -76,7 +76,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     plan = choose_plan(options, base.config, device, trainable, data.report.longest_row_tokens)
     if device.type == "cuda" and c_compiler() is None:
         say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
-    model.base_model.model.prepare_packed(ForwardPlan(compute_dtype=dtype, recompute=plan.recompute, compile=plan.compile))
+    model.base_model.model.prepare_packed(ForwardPlan(dtype, recompute=plan.recompute, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
 
     # 5. Train.
     steps = options.total_steps(len(data.train), state.num_processes)
@@ -88,6 +88,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     eval_loss = trainer.evaluate()["eval_loss"] if data.eval is not None else None
 
     # 6. The run directory.
+    record["seconds_to_first_step"] = round(trainer.first_step_ended - started, 1)
     finish_record(record, trainer, eval_loss, started)
     state.wait_for_everyone()
     if state.num_processes > 1:

@@ -110,19 +110,24 @@ def last_line(error: BaseException) -> str:
 
 
 def reach(repo: HubRepo) -> None:
-    """Asks the hub once, without retries, whether a repository can be had; writes nothing.
+    """Asks the hub once, without retries, whether the files of a repository can be had; writes nothing.
 
     The libraries' downloads repeat a failed request for half a minute; this can go when a release lets the caller limit that.
 
     Raises:
         one of HUB_FAILURES, for `explain`.
     """
-    if repo.entry is not None:
-        url = hf_hub_url(repo.name, repo.entry, revision=repo.revision)
-        _answer_within(_ANSWER_SECONDS, lambda: get_hf_file_metadata(url, timeout=_PHASE_SECONDS))
-    else:
-        ask = HfApi().model_info if repo.kind == "model" else HfApi().dataset_info
-        _answer_within(_ANSWER_SECONDS, lambda: ask(repo.name, revision=repo.revision, timeout=_PHASE_SECONDS))
+    _answer_within(_ANSWER_SECONDS, lambda: _ask_for_file(repo))
+
+
+def _ask_for_file(repo: HubRepo) -> None:
+    file, kind = repo.entry, "model" if repo.kind == "model" else "dataset"
+    if file is None:
+        siblings = HfApi().repo_info(repo.name, repo_type=kind, revision=repo.revision, timeout=_PHASE_SECONDS).siblings
+        if not siblings:
+            return
+        file = siblings[0].rfilename  # a gated repository tells its names to everybody and refuses its files
+    get_hf_file_metadata(hf_hub_url(repo.name, file, repo_type=kind, revision=repo.revision), timeout=_PHASE_SECONDS)
 
 
 def fetch_entry(repo: HubRepo) -> tuple[Path, str]:
@@ -238,9 +243,10 @@ def explain(error: BaseException, repo: HubRepo) -> UserError:
     error, name, hub = _root_of(error), repo.name, constants.ENDPOINT
     status, near = _status(error), nearby(name, only_folders=repo.kind == "model")
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
+        variable = "HF_DATASETS_OFFLINE" if repo.kind == "data set" and not constants.HF_HUB_OFFLINE else "HF_HUB_OFFLINE"
         download = f"run 'hf download {name}' where there is a network" if repo.kind == "model" else f"give {repo.instead}"
-        return UserError(f"{repo.kind} {name} is not (completely) in the cache, and HF_HUB_OFFLINE=1 forbids to ask the hub",
-                         f"unset HF_HUB_OFFLINE, or {download}{near}")  # fmt: skip
+        return UserError(f"{repo.kind} {name} is not (completely) in the cache, and {variable}=1 forbids to ask the hub",
+                         f"unset {variable}, or {download}{near}")  # fmt: skip
     if isinstance(error, GatedRepoError):
         return UserError(f"{repo.kind} {name} is gated, and this machine may not read it (token found: {_token_found()})",
                          f"accept its terms at {repo.page}, then run 'hf auth login' or set HF_TOKEN")  # fmt: skip

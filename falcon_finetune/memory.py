@@ -13,6 +13,7 @@ import torch
 from falcon_finetune.options import Options, UserError
 
 RESERVE_GIB = 1.5  # CUDA context, cuBLAS workspaces, fragments
+IDLE_GIB = 16  # left free beside a 16-bit copy of the base, which only saves its dequantisation (about 2 % of a step)
 MIN_EFFICIENT_TOKENS = 2048  # below it the GEMMs and the dequantisation of each pass cost more than recomputing does
 
 
@@ -23,13 +24,15 @@ class Plan:
     micro_batch_tokens: int
     recompute: bool
     compile: bool
+    keep_16bit_copy: bool
     estimated_gib: float | None
     free_gib: float | None
 
     def line(self) -> str:
         fit = "" if self.estimated_gib is None else f", needs about {self.estimated_gib:.1f} of {self.free_gib:.1f} GiB left"
         return (f"micro-batches of up to {self.micro_batch_tokens:,} tokens, {'full' if self.recompute else 'no'} recompute, "
-                f"torch.compile {'on' if self.compile else 'off'}{fit}")
+                f"torch.compile {'on' if self.compile else 'off'}"
+                f"{', a bf16 copy of the base kept in idle memory' if self.keep_16bit_copy else ''}{fit}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -48,6 +51,14 @@ def activation_gib(tokens: int, config, *, recompute: bool, lora_r: int) -> floa
     return (tokens * (kept + workspace) + head + weight) / 2**30
 
 
+def decoder_weights(config) -> int:
+    """Weights of the decoder's linear layers."""
+    hidden, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+    kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else config.num_attention_heads
+    fused = hidden + 2 * kv_heads * head_dim
+    return config.num_hidden_layers * hidden * (fused + hidden + 2 * config.ffn_hidden_size)
+
+
 def choose_plan(options: Options, config, device: torch.device, adapter_parameters: int, longest_row: int) -> Plan:
     """Picks the largest micro-batch that fits, without recompute where that leaves an efficient one.
 
@@ -62,7 +73,7 @@ def choose_plan(options: Options, config, device: torch.device, adapter_paramete
     compile_layers = _compile_works(options.compile, device)
     if device.type != "cuda":
         tokens = options.micro_batch_tokens or min(whole_step, 4096)
-        return Plan(tokens, options.recompute == "full", compile_layers, None, None)
+        return Plan(tokens, options.recompute == "full", compile_layers, False, None, None)
     free, total = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = torch.cuda.get_per_process_memory_fraction(device) if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
@@ -78,9 +89,12 @@ def choose_plan(options: Options, config, device: torch.device, adapter_paramete
         tokens = options.micro_batch_tokens or _largest(whole_step, longest_row, lambda t: fits(t, recompute))
         efficient = tokens is not None and tokens >= min(whole_step, MIN_EFFICIENT_TOKENS)
         if tokens is not None and fits(tokens, recompute) and (efficient or last or options.micro_batch_tokens):
-            return Plan(tokens, recompute, compile_layers, round(activation_gib(tokens, config, recompute=recompute, lora_r=options.lora_r), 2), round(room, 2))
+            need = activation_gib(tokens, config, recompute=recompute, lora_r=options.lora_r)
+            copy = decoder_weights(config) * 2 / 2**30
+            keep = options.quantize_mode != "16bit" and tokens >= whole_step and not recompute and need + copy + IDLE_GIB <= room
+            return Plan(tokens, recompute, compile_layers, keep, round(need + copy * keep, 2), round(room, 2))
     if options.micro_batch_tokens:
-        return Plan(options.micro_batch_tokens, choices[-1], compile_layers, None, round(room, 2))
+        return Plan(options.micro_batch_tokens, choices[-1], compile_layers, False, None, round(room, 2))
     need = activation_gib(longest_row, config, recompute=choices[-1], lora_r=options.lora_r)
     raise UserError(f"one row of {longest_row} tokens needs about {need:.1f} GiB beside the base, {max(room, 0):.1f} GiB are left on this card",
                     "lower --max_length or --lora_r, use -q 4bit, --recompute full, or a larger card")

@@ -17,7 +17,7 @@ from transformers.activations import get_activation
 
 from falcon_finetune.attention import RowBounds, packed_attention
 from falcon_finetune.lora import LoraLinear, mix
-from falcon_finetune.quantization import kernels
+from falcon_finetune.quantization import dequantize, kernels
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 TOKEN_BLOCK = 128
@@ -78,6 +78,7 @@ class ForwardPlan:
     residual_dtype: torch.dtype = torch.float32
     recompute: bool = False
     compile: bool = False
+    keep_16bit_copy: bool = False
 
 
 class PackedFalcon(FalconForCausalLM):
@@ -90,6 +91,10 @@ class PackedFalcon(FalconForCausalLM):
         """Collects the tensors of the adapted layers (after `add_lora`) and fixes the plan."""
         self.plan = plan
         self.packed_layers = [PackedLayer(layer, index) for index, layer in enumerate(self.transformer.h)]
+        if plan.keep_16bit_copy:
+            for layer in self.packed_layers:
+                for linear in (layer.query_key_value, layer.dense, layer.h_to_4h, layer.four_h_to_h):
+                    linear.frozen = [dequantize(linear.frozen, (linear.b.shape[0], linear.a.shape[1]), plan.compute_dtype)]
         self.layer_forward = torch.compile(blocked_layer, dynamic=None) if plan.compile else decoder_layer
 
     def forward(self, input_ids=None, packed: PackedRows | None = None, dropout_key: int = 0, **kwargs):

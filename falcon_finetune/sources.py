@@ -21,7 +21,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 from datasets import Dataset, Features, Value
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from falcon_finetune.hub import HUB_FAILURES, HubRepo, explain, is_hub_id, is_outage, nearby, reach, warn_of_cache
 from falcon_finetune.options import UserError
@@ -190,9 +191,9 @@ def _load_from_hub(name: str) -> Dataset:
 
 
 def _load_error(error: Exception, repo: HubRepo, outage: Exception | None, offline: bool) -> UserError:
-    if isinstance(error, DatasetNotFoundError):  # wraps what the hub answered, and loses it as the cause by "from None"
-        error = error.__cause__ or error.__context__ or error
-    if offline or outage is not None or (isinstance(error, HUB_FAILURES) and not isinstance(error, DatasetsError)):
+    if offline:
+        return explain(OfflineModeIsEnabled(), repo)
+    if outage is not None or (isinstance(error, HUB_FAILURES) and not isinstance(error, DatasetsError)):
         return explain(outage or error, repo)
     reason = " ".join(str(error.__cause__ or error).split())[:200]
     return UserError(f"data set {repo.name!r} cannot be loaded: {reason}", f"download the part that you want and give {repo.instead}")

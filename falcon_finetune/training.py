@@ -126,6 +126,7 @@ class FalconTrainer(SFTTrainer):
         self.options, self.micro_batch_tokens = options, micro_batch_tokens
         self.token_multiple = TOKEN_BLOCK if device.type == "cuda" or model.base_model.model.plan.compile else 1
         self.step_tokens: list[int] = []  # of this rank, one number a step of this process
+        self.first_step_ended: float | None = None
         self._unread: list[tuple[int, Tensor, Tensor, float, int]] = []
         adapters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(model=model, args=training_arguments(options, device, steps), train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -194,6 +195,10 @@ class FalconTrainer(SFTTrainer):
             if step > self._globalstep_last_logged and tr_loss is not None:
                 self.clock.step_done()
                 self._globalstep_last_logged = step
+                if self.first_step_ended is None:  # loading and compilation are part of what a user waits for
+                    if self.clock.on_gpu:
+                        torch.cuda.synchronize()
+                    self.first_step_ended = time.time()
                 self._unread.append((step, tr_loss.detach().clone(), grad_norm, learning_rate, self.step_tokens[-1]))
                 tr_loss.zero_()
         final = step >= self.args.max_steps
