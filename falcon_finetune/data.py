@@ -161,7 +161,8 @@ def prompts_and_answers(template: dict, rows: Dataset) -> tuple[list[str], list[
     """
     answer = template["answer_column"]
     if answer is None:
-        raise UserError(f"format {template['format']} is plain text: there are no answers to compare", "use a run that was trained on prompts and answers")
+        raise UserError(f"format {template['format']} is plain text: there are no answers to compare",
+                        "use a run that was trained on prompts and answers")
     if answer not in rows.column_names:
         raise UserError(f"rows of format {template['format']} need {answer!r}; found: {', '.join(rows.column_names)}", f"add a column {answer!r}")
     return [build_prompt(template, row) for row in rows], [row[answer].strip() for row in rows]

@@ -1,6 +1,6 @@
-"""A Hugging Face hub on loopback: what huggingface_hub needs to fetch a model's files, and the refusals of the real one.
+"""A Hugging Face hub on loopback: what huggingface_hub and datasets need to fetch files, and the refusals of the real one.
 
-    with StubHub({"user/model": StubModel({"config.json": b"{}"})}) as hub:
+    with StubHub({"user/model": StubRepo({"config.json": b"{}"})}) as hub:
         ...  # start a process with HF_ENDPOINT=hub.endpoint: huggingface_hub reads it when it is imported
 
 The status codes and X-Error-Code headers are those that `huggingface_hub.utils.hf_raise_for_status` tells apart.
@@ -20,25 +20,26 @@ NO_PROXY_ENVIRONMENT = {"NO_PROXY": "*", "no_proxy": "*"}
 
 
 @dataclass
-class StubModel:
-    """One model repository with one commit, on the branch main."""
+class StubRepo:
+    """One repository with one commit, on the branch main."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     commit: str = "0123456789abcdef0123456789abcdef01234567"
-    gated: bool = False  # readable with any token whose text starts with "allowed"
+    gated: bool = False  # its files are readable with any token whose text starts with "allowed"; its listing is public
     plain_status: int | None = None  # every request fails with it and without an X-Error-Code, as behind some mirrors
     delay_seconds: float = 0.0
 
     @classmethod
-    def of_folder(cls, folder: Path, **arguments) -> "StubModel":
+    def of_folder(cls, folder: Path, **arguments) -> "StubRepo":
         return cls({path.name: path.read_bytes() for path in sorted(folder.iterdir())}, **arguments)
 
 
 class StubHub:
-    """Serves `models` (hub id -> StubModel) at `endpoint` from a thread until the block ends; `requests` lists "METHOD path"."""
+    """Serves `models` and `data_sets` (hub id -> StubRepo) at `endpoint` from a thread until the block ends; `requests` lists "METHOD path"."""
 
-    def __init__(self, models: dict[str, StubModel]):
-        self.models = models
+    def __init__(self, models: dict[str, StubRepo] | None = None, data_sets: dict[str, StubRepo] | None = None):
+        self.models = models or {}
+        self.data_sets = data_sets or {}
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._server.daemon_threads = True
@@ -69,40 +70,43 @@ def _handler_of(hub: StubHub) -> type[BaseHTTPRequestHandler]:
         def _serve(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
-            if match := re.fullmatch(r"/api/models/(?P<id>.+?)(/(?P<what>revision|tree)/(?P<revision>[^/]+)/?)?", path):
-                self._serve_model(match["id"], match["what"] or "revision", match["revision"] or "main", None)
-            elif match := re.fullmatch(r"/(?P<id>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
-                self._serve_model(match["id"], "file", match["revision"], match["file"])
+            tail = r"(/(?P<what>revision|tree)/(?P<revision>[^/]+)(/(?P<folder>.*))?)?"
+            if match := re.fullmatch(rf"/api/(?P<kind>models|datasets)/(?P<id>.+?){tail}", path):
+                self._serve_repo(match["kind"], match["id"], match["what"] or "revision", match["revision"] or "main", match["folder"])
+            elif match := re.fullmatch(r"/(?P<kind>datasets)?/?(?P<id>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
+                self._serve_repo(match["kind"] or "models", match["id"], "file", match["revision"], match["file"])
             else:
                 self._refuse(404, None)
 
-        def _serve_model(self, hub_id: str, what: str, revision: str, file: str | None) -> None:
-            model = hub.models.get(hub_id)
-            if model is None:
+        def _serve_repo(self, kind: str, hub_id: str, what: str, revision: str, file: str | None) -> None:
+            repo = (hub.models if kind == "models" else hub.data_sets).get(hub_id)
+            if repo is None:
                 return self._refuse(404, "RepoNotFound")
-            time.sleep(model.delay_seconds)
-            if model.plain_status is not None:
-                return self._refuse(model.plain_status, None)
+            time.sleep(repo.delay_seconds)
+            if repo.plain_status is not None:
+                return self._refuse(repo.plain_status, None)
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            if model.gated and not token.startswith("allowed"):
+            if what == "file" and repo.gated and not token.startswith("allowed"):
                 return self._refuse(403 if token else 401, "GatedRepo")
-            if revision not in ("main", model.commit):
+            if revision not in ("main", repo.commit):
                 return self._refuse(404, "RevisionNotFound")
+            if what == "tree" and file:
+                return self._send(b"[]", repo)  # there are no folders
             if what == "tree":
-                return self._send(json.dumps([_tree_entry(name, content) for name, content in model.files.items()]).encode(), model)
+                return self._send(json.dumps([_tree_entry(name, content) for name, content in repo.files.items()]).encode(), repo)
             if what == "revision":
-                siblings = [{"rfilename": name} for name in model.files]
-                return self._send(json.dumps({"id": hub_id, "sha": model.commit, "siblings": siblings}).encode(), model)
-            if file not in model.files:
-                return self._refuse(404, "EntryNotFound", model.commit)
-            return self._send(model.files[file], model)
+                siblings = [{"rfilename": name} for name in repo.files]
+                return self._send(json.dumps({"id": hub_id, "sha": repo.commit, "siblings": siblings}).encode(), repo)
+            if file not in repo.files:
+                return self._refuse(404, "EntryNotFound", repo.commit)
+            return self._send(repo.files[file], repo)
 
-        def _send(self, content: bytes, model: StubModel) -> None:
+        def _send(self, content: bytes, repo: StubRepo) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{_blob_id(content)}"')
-            self.send_header("X-Repo-Commit", model.commit)
+            self.send_header("X-Repo-Commit", repo.commit)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)

@@ -5,7 +5,7 @@ import torch
 
 from falcon_finetune.attention import RowBounds, attention_by_row, packed_attention
 from falcon_finetune.packed_falcon import alibi_slopes
-from tests.conftest import CPU, relative_error
+from tests.falcons import CPU, relative_error
 
 LENGTHS = (5, 1, 12, 30)
 

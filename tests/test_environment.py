@@ -26,8 +26,8 @@ HEAVY_PACKAGES = {"torch", "transformers", "datasets", "trl", "peft", "accelerat
 COMES_WITH = {"triton": "torch"}
 
 # A room may import only the rooms that stand before it. A new room gets its place here.
-ROOMS = ["options", "console", "tiny_falcon", "family", "quantization", "lora_kernels", "lora", "attention", "packed_falcon", "memory", "data",
-         "run_record", "generation", "checkpoints", "training"]
+ROOMS = ["options", "console", "tiny_falcon", "hub", "family", "kernels", "quantization", "attention", "lora", "packed_falcon", "memory",
+         "sources", "data", "run_record", "checkpoints", "generation", "training"]
 
 # A new flag is a decision: it is added here, with its help line, and the total stays about 45 at most.
 FLAGS = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.stub_hub import NO_PROXY_ENVIRONMENT, StubHub, StubModel
+from tests.stub_hub import NO_PROXY_ENVIRONMENT, StubHub, StubRepo
+from tests.user_errors import error_of
 from transformers import FalconConfig, FalconForCausalLM
 
 from falcon_finetune.family import BYTE_TOKENIZER, LORA_TARGETS, SIZES, BaseModel, find_model, load_tokenizer, read_config, size_of, weight_files
-from falcon_finetune.options import UserError
 from falcon_finetune.tiny_falcon import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,13 +85,6 @@ def checkpoints(tmp_path_factory) -> Path:
 
 def _local(folder: Path, seed: int | None = None) -> BaseModel:
     return find_model(str(folder), random_weights=seed is not None, seed=seed or 0)
-
-
-def _error(call, *arguments, **keywords) -> UserError:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **keywords)
-    assert "\n" not in caught.value.cause and "\n" not in caught.value.cure
-    return caught.value
 
 
 # ------------------------------------------------------------------------------------------------------------------------- names
@@ -180,22 +173,22 @@ def test_tiny_models_are_named_by_their_name(tmp_path, monkeypatch):
 
 def test_a_wrong_path_names_folders_near_it(checkpoints, monkeypatch):
     monkeypatch.chdir(checkpoints)
-    assert "./current" in _error(find_model, "./curent").cure
-    assert str(checkpoints / "RefinedWeb") in _error(find_model, str(checkpoints / "RefinedWebb")).cure
+    assert "./current" in error_of(find_model, "./curent").cure
+    assert str(checkpoints / "RefinedWeb") in error_of(find_model, str(checkpoints / "RefinedWebb")).cure
     for name in ("./curent", "a/b/c", "~/no-such-falcon", "has space", "/no/such/folder"):
-        assert "no folder here and no hub id" in _error(find_model, name).cause
+        assert "no folder here and no hub id" in error_of(find_model, name).cause
     (checkpoints / "current" / "notes").write_text("")
-    assert "is a file" in _error(find_model, "./current/notes").cause
+    assert "is a file" in error_of(find_model, "./current/notes").cause
     (checkpoints / "current" / "notes").unlink()
 
 
 def test_a_size_is_no_checkpoint():
-    assert "--random_weights" in _error(find_model, "falcon-40b").cure
+    assert "--random_weights" in error_of(find_model, "falcon-40b").cure
 
 
 def test_a_revision_is_for_hub_ids(checkpoints):
-    assert "--revision" in _error(find_model, str(checkpoints / "current"), revision="main").cause
-    assert "--revision" in _error(find_model, "falcon-7b", random_weights=True, revision="main").cause
+    assert "--revision" in error_of(find_model, str(checkpoints / "current"), revision="main").cause
+    assert "--revision" in error_of(find_model, "falcon-7b", random_weights=True, revision="main").cause
 
 
 # ------------------------------------------------------------------------------------------------------------------ configuration
@@ -260,22 +253,22 @@ def test_every_size_survives_its_config_file(tmp_path):
     ],
 )
 def test_what_is_no_trainable_falcon_is_said(tmp_path, changes, said):
-    error = _error(read_config, _write_config(tmp_path, _config_of_2023("RefinedWeb", **changes)))
+    error = error_of(read_config, _write_config(tmp_path, _config_of_2023("RefinedWeb", **changes)))
     assert said in error.cause
     assert str(tmp_path / "config.json") in error.cause
 
 
 def test_a_broken_config_is_said_with_its_place(tmp_path):
-    assert "found: nothing" in _error(read_config, tmp_path).cause
+    assert "found: nothing" in error_of(read_config, tmp_path).cause
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "found: tokenizer.json" in _error(read_config, tmp_path).cause
+    assert "found: tokenizer.json" in error_of(read_config, tmp_path).cause
     path = tmp_path / "config.json"
     path.write_text('{\n  "model_type": "falcon",\n  "vocab_size": 1,,\n}')
-    assert _error(read_config, tmp_path).cause.startswith(f"{path}:3:")
+    assert error_of(read_config, tmp_path).cause.startswith(f"{path}:3:")
     path.write_text("[1]")
-    assert "JSON list" in _error(read_config, tmp_path).cause
+    assert "JSON list" in error_of(read_config, tmp_path).cause
     path.write_bytes(b'{"model_type": "\xe9"}')
-    assert "byte 16" in _error(read_config, tmp_path).cause
+    assert "byte 16" in error_of(read_config, tmp_path).cause
 
 
 # ------------------------------------------------------------------------------------------------------------------------ weights
@@ -298,16 +291,16 @@ def test_safetensors_are_preferred(tmp_path):
 
 def test_missing_weights_are_said(tmp_path):
     base = _local(_write_config(tmp_path, _config_of_2023("RefinedWeb")))
-    assert "found: config.json" in _error(weight_files, base).cause
+    assert "found: config.json" in error_of(weight_files, base).cause
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
-    error = _error(weight_files, base)
+    error = error_of(weight_files, base)
     assert "1 of 2 shards" in error.cause and "model-00002-of-00002.safetensors" in error.cause
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
-    assert "no file name" in _error(weight_files, base).cause
+    assert "no file name" in error_of(weight_files, base).cause
     index.write_text("{}")
-    assert "weight_map" in _error(weight_files, base).cause
+    assert "weight_map" in error_of(weight_files, base).cause
 
 
 def test_a_truncated_shard_is_said_with_its_bytes(tmp_path):
@@ -318,17 +311,17 @@ def test_a_truncated_shard_is_said_with_its_bytes(tmp_path):
     assert weight_files(base) == [path]
     for kept in (len(whole) - 1, len(whole) - 4000):
         path.write_bytes(whole[:kept])
-        cause = _error(weight_files, base).cause
+        cause = error_of(weight_files, base).cause
         assert f"{kept:,} bytes" in cause and f"{len(whole):,}" in cause
     for kept in (0, 4, 8, 20):
         path.write_bytes(whole[:kept])
-        assert "within its header" in _error(weight_files, base).cause
+        assert "within its header" in error_of(weight_files, base).cause
     path.write_bytes(whole + b"x")
-    assert f"{len(whole) + 1:,} bytes" in _error(weight_files, base).cause
+    assert f"{len(whole) + 1:,} bytes" in error_of(weight_files, base).cause
     path.write_bytes((5).to_bytes(8, "little") + b"nojsn")
-    assert "no readable safetensors header" in _error(weight_files, base).cause
+    assert "no readable safetensors header" in error_of(weight_files, base).cause
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000\n")
-    assert "Git LFS pointer" in _error(weight_files, base).cause
+    assert "Git LFS pointer" in error_of(weight_files, base).cause
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tokenizer
@@ -364,11 +357,11 @@ def test_a_tokenizer_without_padding_is_left_without(tmp_path):
 
 def test_a_tokenizer_that_does_not_fit_is_said(checkpoints, tmp_path):
     base = _local(_write_config(tmp_path, _config_of_2023("RefinedWeb", vocab_size=200)))
-    assert "found: config.json" in _error(load_tokenizer, base).cause
+    assert "found: config.json" in error_of(load_tokenizer, base).cause
     byte_tokenizer().save_pretrained(tmp_path)
-    assert "200 tokens" in _error(load_tokenizer, base).cause
+    assert "200 tokens" in error_of(load_tokenizer, base).cause
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "cannot read the tokenizer" in _error(load_tokenizer, base).cause
+    assert "cannot read the tokenizer" in error_of(load_tokenizer, base).cause
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- hub
@@ -417,17 +410,17 @@ def _files_under(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def hub(checkpoints):
     models = {
-        "user/falcon-2023": StubModel.of_folder(checkpoints / "RefinedWebModel"),
-        "user/falcon-2023-grouped": StubModel.of_folder(checkpoints / "RefinedWeb"),
-        "user/falcon-current": StubModel.of_folder(checkpoints / "current"),
-        "user/gated": StubModel.of_folder(checkpoints / "current", gated=True),
-        "user/llama": StubModel({"config.json": b'{"model_type": "llama"}'}),
-        "user/no-config": StubModel({"README.md": b"hello"}),
-        "user/no-weights": StubModel({"config.json": (checkpoints / "current" / "config.json").read_bytes()}),
-        "user/refused": StubModel(plain_status=403),
-        "user/plain-404": StubModel(plain_status=404),
-        "user/broken": StubModel(plain_status=503),
-        "user/slow": StubModel(delay_seconds=30),
+        "user/falcon-2023": StubRepo.of_folder(checkpoints / "RefinedWebModel"),
+        "user/falcon-2023-grouped": StubRepo.of_folder(checkpoints / "RefinedWeb"),
+        "user/falcon-current": StubRepo.of_folder(checkpoints / "current"),
+        "user/gated": StubRepo.of_folder(checkpoints / "current", gated=True),
+        "user/llama": StubRepo({"config.json": b'{"model_type": "llama"}'}),
+        "user/no-config": StubRepo({"README.md": b"hello"}),
+        "user/no-weights": StubRepo({"config.json": (checkpoints / "current" / "config.json").read_bytes()}),
+        "user/refused": StubRepo(plain_status=403),
+        "user/plain-404": StubRepo(plain_status=404),
+        "user/broken": StubRepo(plain_status=503),
+        "user/slow": StubRepo(delay_seconds=30),
     }
     # Both forms of weights, as many hub models have: the safe one is fetched, the other is left.
     models["user/falcon-current"].files["pytorch_model.bin"] = b"not fetched"

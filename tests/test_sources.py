@@ -133,7 +133,7 @@ def test_null_and_number_columns_of_parquet(tmp_path):
 
 def test_a_mistyped_path_names_its_neighbour(tmp_path, write_jsonl):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}])
-    assert f"did you mean {tmp_path}/train.jsonl?" == error_of(load_rows, str(tmp_path / "trian.jsonl")).cure
+    assert f"near it: {tmp_path}/train.jsonl" in error_of(load_rows, str(tmp_path / "trian.jsonl")).cure
     assert "no file or folder 'nope.csv'" in error_of(load_rows, "nope.csv").cause
 
 
@@ -174,50 +174,10 @@ def test_unusable_columns_are_named():
 
 # --- the hub -----------------------------------------------------------------------------------------------------------------------------
 
-HUB_FILES = {"u/good": b'{"question": "q1", "answer": "a1", "id": 7}\n', "u/bad": b'{"text": null}\n{"text": "a"}\n{"text": null}\n', "u/number": b'{"text": 1}\n'}
-HUB_COMMIT = "0" * 40
-
-
-class StubHub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub's API that loading a data set of one file takes; "u/gated" refuses its files."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, code: int, body: bytes = b"", **headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        name = next((name for name in [*HUB_FILES, "u/gated"] if f"/{name}" in path), None)
-        if name is None:
-            self.reply(404, X_Error_Code="RepoNotFound")
-        elif path.startswith(f"/api/datasets/{name}/tree"):
-            listing = [{"type": "file", "path": "train.jsonl", "size": len(HUB_FILES[name]), "oid": name}]
-            self.reply(200, json.dumps([] if path.endswith("/data") else listing).encode(), Content_Type="application/json")
-        elif path.startswith("/api/"):
-            info = {"id": name, "sha": HUB_COMMIT, "siblings": [{"rfilename": "train.jsonl"}], "tags": [], "private": False, "downloads": 0}
-            self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
-        elif name == "u/gated":
-            self.reply(401, X_Error_Code="GatedRepo")
-        elif path.endswith("/train.jsonl"):
-            self.reply(200, HUB_FILES[name], ETag=f'"{name[2:]}"', X_Repo_Commit=HUB_COMMIT)
-        else:
-            self.reply(404, X_Error_Code="EntryNotFound")
-
-    do_HEAD = do_GET
-
-
 HUB_SCRIPT = """
 import json, sys, time
-from falcon_finetune.data import load_rows
 from falcon_finetune.options import UserError
+from falcon_finetune.sources import load_rows
 out = {}
 for name in sys.argv[1:]:
     start = time.perf_counter()
@@ -233,32 +193,33 @@ print(json.dumps(out))
 def ask_hub(endpoint: str, home: Path, names: list[str], **environment) -> dict:
     """In a process of its own, since huggingface_hub reads its endpoint once, at import."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    variables = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", **environment}
+    variables = kept | NO_PROXY_ENVIRONMENT | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([sys.executable, "-c", HUB_SCRIPT, *names], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_hub_data_sets_and_the_ways_they_cannot_be_had(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StubHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        out = ask_hub(endpoint, tmp_path, ["u/good", "u/bad", "u/number", "u/nope", "u/gated"])
-    finally:
-        server.shutdown()
-        server.server_close()
+    contents = {
+        "u/good": b'{"question": "q1", "answer": "a1", "id": 7}\n', "u/bad": b'{"text": null}\n{"text": "a"}\n{"text": null}\n',
+        "u/number": b'{"text": 1}\n', "u/broken": b'{"text": \n',
+    }
+    data_sets = {name: StubRepo({"train.jsonl": content}) for name, content in contents.items()}
+    data_sets |= {"u/gated": StubRepo({"train.jsonl": b'{"text": "a"}\n'}, gated=True), "u/refused": StubRepo(plain_status=403)}
+    with StubHub(data_sets=data_sets) as hub:
+        out = ask_hub(hub.endpoint, tmp_path, [*data_sets, "u/nope"])
     assert out["u/good"] == [{"question": "q1", "answer": "a1"}]
     assert "u/bad row 1: 'text' is null, not text (2 such rows)" in out["u/bad"][0]
     assert "column 'text' is int64, not text" in out["u/number"][0]
-    assert f"{endpoint} has no such data set" in out["u/nope"][0] and "spelling" in out["u/nope"][1]
-    assert "gated" in out["u/gated"][0] and "accept its terms" in out["u/gated"][1]
+    assert "data set 'u/broken' cannot be loaded" in out["u/broken"][0] and "local file with -d" in out["u/broken"][1]
+    assert f"{hub.endpoint} has no data set 'u/nope'" in out["u/nope"][0] and "spelling" in out["u/nope"][1]
+    assert "data set u/gated is gated" in out["u/gated"][0] and f"accept its terms at {hub.endpoint}/datasets/u/gated" in out["u/gated"][1]
+    assert "HTTP 403" in out["u/refused"][0]
     # The hub has gone: what was loaded before is still had, the rest is a quick error.
-    out = ask_hub(endpoint, tmp_path, ["u/good", "u/nope"])
+    out = ask_hub(hub.endpoint, tmp_path, ["u/good", "u/nope"])
     assert out["u/good"] == [{"question": "q1", "answer": "a1"}]
-    assert f"{endpoint} cannot be reached" in out["u/nope"][0] and "not in the cache" in out["u/nope"][0]
-    out = ask_hub(endpoint, tmp_path, ["u/good", "u/nope"], HF_HUB_OFFLINE="1")
-    assert out["u/good"] == [{"question": "q1", "answer": "a1"}]
-    assert "HF_HUB_OFFLINE is set" in out["u/nope"][0]
-
-
+    assert f"the hub at {hub.endpoint} cannot be reached for u/nope" in out["u/nope"][0] and "local file with -d" in out["u/nope"][1]
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        out = ask_hub(hub.endpoint, tmp_path, ["u/good", "u/nope"], **{variable: "1"})
+        assert out["u/good"] == [{"question": "q1", "answer": "a1"}]
+        assert "data set u/nope is not (completely) in the cache" in out["u/nope"][0] and f"{variable}=1" in out["u/nope"][0]

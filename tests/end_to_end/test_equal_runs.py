@@ -39,7 +39,8 @@ def equal_runs(request, shop, falcon, questions, side_by_side):
 def test_equal_runs_are_equal(equal_runs):
     name, one, others = equal_runs
     assert one.record["quantized_layers"] == one.record["target_layers"] == 8
-    first, later, weights = (1e-5, 1e-5, 1e-4) if "float32" in name else (1e-5, 1e-2, None)
+    # In bf16 the first step differs by the order of float32 sums alone; then roundings go their own ways. Other dropout masks would be 0.4 apart.
+    first, later, weights = (1e-5, 1e-5, 1e-4) if "float32" in name else (1e-5, 1e-2, 0.1)
     losses = one.record["losses"]
     assert len(losses) == 6 and losses[-1] < losses[0]
     for what, run in others.items():
@@ -50,7 +51,7 @@ def test_equal_runs_are_equal(equal_runs):
         print(f"{name}, {what}: losses {max(distances):.1e} apart (the first {distances[0]:.1e}), adapters {adapter:.1e}")
         assert distances[0] <= first
         assert max(distances) <= later
-        assert weights is None or adapter <= weights
+        assert adapter <= weights
 
 
 def test_adapters_are_trained_and_float32(equal_runs):

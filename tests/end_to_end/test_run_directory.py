@@ -147,7 +147,7 @@ def test_end_of_text_is_learnt(trained, rows):
 
     print(f"probability of end-of-text: after an answer {mean(at_the_end):.3f} (untrained {mean(untrained):.3f}), inside {mean(inside):.4f}")
     assert mean(untrained) < 0.05 and mean(inside) < 0.05
-    assert mean(at_the_end) > 0.3
+    assert mean(at_the_end) > 0.15 > 10 * max(mean(untrained), mean(inside))
 
 
 def test_random_weights_are_named_and_refused(random_run, falcon, stranger):

@@ -1,0 +1,74 @@
+"""A killed run, started again by the same command, ends where an undisturbed one ends; a finished run is left alone."""
+
+import hashlib
+import json
+import time
+
+import pytest
+import torch
+
+STEPS = 30
+FLAGS = ("-q", "4bit", "--compute_dtype", "fp32", "-s", str(STEPS), "-b", "4", "--lora_r", "8", "--lora_dropout", "0.1",
+         "--lr_scheduler_type", "cosine", "--warmup_steps", "2", "--checkpoint_steps", "10")  # fmt: skip
+
+
+def contents(folder) -> dict:
+    """Bytes and time of change of every file under a folder."""
+    return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def flags(falcon, questions):
+    return ("-m", falcon("40b"), "-d", questions, *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shop, flags):
+    return shop.train(*flags, to="undisturbed")
+
+
+@pytest.fixture(scope="module")
+def killed(shop, flags):
+    """What is left of a run that was killed once its first checkpoint was there: its folder, and its run.json of that moment."""
+    run = shop.finetune(*flags, to="killed")
+    state = run.run_dir / "checkpoint-10" / "trainer_state.json"
+    ends = time.monotonic() + 120
+    while not state.exists() and run.process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.002)
+    run.kill()
+    finished = run.finish()
+    assert state.exists() and finished.code == -9, finished.stderr[-2000:]
+    assert not (run.run_dir / "adapter_model.safetensors").exists(), "it was finished before it was killed"
+    return run.run_dir, finished.record
+
+
+def test_killed_run_continues_to_the_same_adapter(shop, flags, undisturbed, killed):
+    folder, left = killed
+    assert left["status"] == "running" and left["losses"] == []
+    continued = shop.train(*flags, to=folder.name)
+    state = json.loads((folder / "checkpoint-10" / "trainer_state.json").read_text()) if (folder / "checkpoint-10").exists() else {"global_step": 10}
+    assert state["global_step"] == 10
+    assert f"step 1/{STEPS}" not in continued.stderr, "it began anew"
+    wanted = undisturbed.adapter
+    assert continued.adapter.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in continued.adapter.items())
+    assert continued.record["losses"] == undisturbed.record["losses"]
+    assert len(continued.record["losses"]) == STEPS
+    assert continued.record["status"] == "finished"
+
+
+def test_adapter_moves_between_checkpoint_and_end(undisturbed):
+    from safetensors.torch import load_file
+
+    folder = undisturbed.run_dir
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]  # the last two are kept
+    before = load_file(folder / "checkpoint-20" / "adapter_model.safetensors")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in undisturbed.adapter.items())
+
+
+def test_finished_run_is_left_alone(shop, flags, undisturbed):
+    before = contents(undisturbed.run_dir)
+    again = shop.finetune(*flags, to="undisturbed").finish()
+    assert again.code == 0
+    assert "already finished" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert contents(undisturbed.run_dir) == before
