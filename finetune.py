@@ -56,17 +56,16 @@ def train(options: Options, previous: dict | None, started: float) -> int:
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
     resume_from = checkpoint_to_resume(options, previous)
-    with state.main_process_first():
-        base = find_model(options.model_name, random_weights=options.random_weights, seed=options.seed, revision=options.revision)
-        tokenizer = load_tokenizer(base)
+    base = first_rank_first(state.main_process_first(), lambda: find_model(options.model_name, random_weights=options.random_weights,
+                                                                           seed=options.seed, revision=options.revision))
+    tokenizer = first_rank_first(state.main_process_first(), lambda: load_tokenizer(base))
     data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
                         eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first)
     say(data.report.summary())
 
     # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
-        with state.local_main_process_first():
-            weight_files(base)  # one download a node
+        first_rank_first(state.local_main_process_first(), lambda: weight_files(base))  # one download a node
     model, census = load_base(base, options.quantize_mode, device, PackedFalcon)
     say(f"{base.identity}: {census.line()}; {why}")
 
@@ -94,6 +93,20 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()
     return 0
+
+
+def first_rank_first(turns, act):
+    """What `act` returns, the first rank ahead of the others (`turns` is accelerate's context). An error waits for the barrier at the end
+    of the context: without it the other ranks would end in a traceback of their own, about a connection that was closed."""
+    answer = error = None
+    with turns:
+        try:
+            answer = act()
+        except UserError as caught:
+            error = caught
+    if error is not None:
+        raise error
+    return answer
 
 
 def check_launch() -> None:

@@ -37,10 +37,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: RowBound
     Returns:
         [T, H, D] in the dtype of query.
     """
+    if bounds.equal and alibi is None:  # without ragged rows the dense causal kernel serves, on a GPU about a third quicker
+        q, k, v = (x.unflatten(0, (-1, bounds.longest)).transpose(1, 2) for x in (query, key, value))
+        if not query.is_cuda:  # the CPU kernel wants as many key and value heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=query.is_cuda).transpose(1, 2).reshape(query.shape)
     if query.is_cuda and query.dtype != torch.float32 and alibi is None:
-        if bounds.equal:  # without ragged rows the dense causal kernel is about a third quicker
-            q, k, v = (x.view(-1, bounds.longest, x.shape[1], x.shape[2]).transpose(1, 2) for x in (query, key, value))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(query.shape)
         return varlen.varlen_attn(query, key, value, bounds.starts, bounds.starts, bounds.longest, bounds.longest, window_size=(-1, 0), **_GROUPED)
     return attention_by_row(query, key, value, bounds.lengths, alibi)
 

@@ -33,7 +33,7 @@ def load_run(folder: Path, *, base_only: bool = False) -> tuple[torch.nn.Module,
     model, _ = load_base(base_of_run(record), record["quantize_mode"], device)
     model.generation_config.pad_token_id = model.config.eos_token_id
     if not base_only:
-        model = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(model, str(folder))  # float32 as it was saved; to_compute_dtype rounds it, once
     to_compute_dtype(model, dtype)
     return model.eval(), AutoTokenizer.from_pretrained(str(folder)), record
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import peft
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from falcon_finetune.family import LORA_TARGETS
@@ -24,7 +25,6 @@ def add_lora(model: nn.Module, options: Options, identity: str) -> peft.PeftMode
     Args:
         identity: what adapter_config.json names as the base; `random:...` keeps anyone from loading it onto real weights.
     """
-    torch.manual_seed(options.seed)
     model.name_or_path = model.config._name_or_path = identity
     config = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, bias="none", task_type="CAUSAL_LM",
@@ -34,6 +34,10 @@ def add_lora(model: nn.Module, options: Options, identity: str) -> peft.PeftMode
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    torch.manual_seed(options.seed)
+    for module in wrapped.modules():  # drawn again: on a 16-bit base PEFT draws them in bf16
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
     # DDP would broadcast the frozen base over the network at the start: every rank loaded the same one.
     wrapped._ddp_params_and_buffers_to_ignore = [name for name, p in wrapped.named_parameters() if not p.requires_grad]
     wrapped._ddp_params_and_buffers_to_ignore += [name for name, _ in wrapped.named_buffers()]
@@ -68,7 +72,7 @@ def feature_keys(features: int, stream: int, device: torch.device) -> Tensor:
 
 def keep_threshold(dropout: float) -> int:
     """A hash below it (as int32) is kept: the share 1 - dropout of all 32-bit values."""
-    return round((1 - dropout) * 2**32) - 2**31
+    return min(round((1 - dropout) * 2**32) - 2**31, 2**31 - 1)
 
 
 def drop(x: Tensor, tokens: Tensor, features: Tensor, dropout: float) -> Tensor:

@@ -6,6 +6,7 @@ the replacement really did. Remove the loader when `from_pretrained(quantization
 """
 
 import os
+import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,19 +173,23 @@ def _stored_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in shard.keys():
                     yield name, shard.get_tensor(name)
             continue
-        try:
-            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            shard = torch.load(file, map_location="cpu", weights_only=True)  # the format of before torch 1.6 cannot be mapped
-        except Exception as error:
-            if "weights_only" not in str(error).lower() and "Weights only" not in str(error):
-                raise
-            raise UserError(f"{file.name} holds more than tensors (code would run on loading it)", "use a checkpoint in safetensors") from None
+        shard = _load_pickled(file)
         while shard:
             name = next(iter(shard))
             yield name, shard.pop(name)
+
+
+def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """A .bin shard, mapped where its format allows it; nothing but tensors is ever unpickled."""
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)  # the format of before torch 1.6 cannot be mapped
+    except pickle.UnpicklingError:
+        raise UserError(f"{file.name} holds more than tensors (code would run on loading it)", "use a checkpoint in safetensors") from None
 
 
 def _random_tensors(model: nn.Module, seed: int, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,8 +20,11 @@ CARRIED_OUT_BY = ("output_dir", "resume", "report_to", "micro_batch_tokens", "re
 def write_complete(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or the whole new one."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name on the command line may be no text
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def read_run(folder: Path) -> dict:
@@ -66,7 +69,9 @@ def claim_output_dir(options: Options) -> dict | None:
     if not (folder / RUN_FILE).exists():
         raise UserError(f"{folder} holds files that are not a run ({next(folder.iterdir()).name} first)", "choose another folder with -o")
     record = read_run(folder)
-    before, now = record.get("options", {}), options.to_dict()
+    before, now = record.get("options"), options.to_dict()
+    if not isinstance(before, dict):
+        raise UserError(f"{folder / RUN_FILE} is damaged: it holds no options", "choose another folder with -o, or remove this one")
     changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items() if name not in CARRIED_OUT_BY and before.get(name) != value]
     if changed:
         raise UserError(f"{folder} holds another run ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''})",

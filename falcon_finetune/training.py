@@ -118,6 +118,25 @@ class StepClock:
         return event
 
 
+class LaterNumbers:
+    """Numbers on their way from the GPU: reading them waits for the step that made them, not for what was launched since."""
+
+    def __init__(self, *numbers: Tensor | float):
+        values = torch.stack([torch.as_tensor(number).detach().float() for number in numbers])
+        self.arrived = None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.values = values
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
 class FalconTrainer(SFTTrainer):
     """SFTTrainer over `PackedFalcon`; the rest of the run (optimizer, schedule, clipping, DDP, callbacks, checkpoints) is the library's."""
 
@@ -127,7 +146,7 @@ class FalconTrainer(SFTTrainer):
         self.token_multiple = TOKEN_BLOCK if device.type == "cuda" or model.base_model.model.plan.compile else 1
         self.step_tokens: list[int] = []  # of this rank, one number a step of this process
         self.first_step_ended: float | None = None
-        self._unread: list[tuple[int, Tensor, Tensor, float, int]] = []
+        self._unread: list[tuple[int, LaterNumbers, float, int]] = []
         adapters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(model=model, args=training_arguments(options, device, steps), train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=tokenizer, data_collator=list, callbacks=list(callbacks))
@@ -148,7 +167,8 @@ class FalconTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Tokens that carry loss in the whole optimizer step, over all ranks."""
-        return self._sum_over_ranks(torch.tensor(float(sum(batch["learnt_tokens"] for batch in batch_samples)), device=device)).clamp(min=1)
+        learnt = float(sum(batch["learnt_tokens"] for batch in batch_samples))
+        return self._sum_over_ranks(torch.full((), learnt, device=device)).clamp(min=1)  # filled on the device: a copy would wait for the GPU
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.args.world_size > 1:
@@ -199,13 +219,13 @@ class FalconTrainer(SFTTrainer):
                     if self.clock.on_gpu:
                         torch.cuda.synchronize()
                     self.first_step_ended = time.time()
-                self._unread.append((step, tr_loss.detach().clone(), grad_norm, learning_rate, self.step_tokens[-1]))
+                self._unread.append((step, LaterNumbers(tr_loss, grad_norm), learning_rate, self.step_tokens[-1]))
                 tr_loss.zero_()
         final = step >= self.args.max_steps
         pause = final or self.control.should_evaluate or self.control.should_save
         # The newest step is still running on the GPU: its numbers are read after the next one was launched.
         self._read_numbers(keep=0 if pause or self.args.device.type == "cpu" else 1)
-        if self.control.should_evaluate:
+        if self.control.should_evaluate and not final:
             self.evaluate()
         if self.control.should_save:
             self._save_checkpoint(model, trial)
@@ -215,10 +235,11 @@ class FalconTrainer(SFTTrainer):
 
     def _read_numbers(self, keep: int) -> None:
         while len(self._unread) > keep:
-            step, loss, grad_norm, learning_rate, tokens = self._unread.pop(0)
+            step, numbers, learning_rate, tokens = self._unread.pop(0)
+            loss, grad_norm = numbers.read()
             now, self.state.global_step = self.state.global_step, step
             self.state.epoch = step * self.options.rows_per_step(self.args.world_size) / len(self.train_dataset)
-            self.log({"loss": loss.item(), "grad_norm": float(grad_norm), "learning_rate": learning_rate, "tokens": tokens})
+            self.log({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens})
             self.state.global_step = now
 
     @torch.no_grad()
@@ -256,7 +277,7 @@ def training_arguments(options: Options, device: torch.device, steps: int) -> SF
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, average_tokens_across_devices=True,
         logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True, report_to=[] if options.report_to == "none" else [options.report_to],
-        eval_strategy=evaluates, eval_steps=options.eval_steps or None,
+        eval_strategy=evaluates, eval_steps=options.eval_steps or None,  # the last evaluation is finetune.py's own
         save_strategy="steps" if options.checkpoint_steps else "no", save_steps=options.checkpoint_steps or 1, save_total_limit=2,
         dataloader_pin_memory=False, include_for_metrics=[],
     )

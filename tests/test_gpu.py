@@ -63,7 +63,7 @@ def test_lora_kernels_equal_their_twins(tokens, width, rank, dropout, cuda, kern
     projected = kernels.project_dropped(x, a, *place)
     expected = dropped @ a.double().T
     assert projected.dtype == torch.bfloat16
-    assert relative_error(projected, expected) < ROUNDING / 2
+    assert relative_error(projected, expected) < ROUNDING
     assert ((projected.double() - expected).abs() <= ROUNDING * expected.abs() + 1e-4 * expected.std(correction=0)).all()
 
     outer = kernels.outer_dropped(grad_u, x, *place)
@@ -76,7 +76,7 @@ def test_lora_kernels_equal_their_twins(tokens, width, rank, dropout, cuda, kern
     grad_x = x.clone()
     kernels.add_dropped_update(grad_x, grad_u, a, *place)
     expected = x.double() + scaled_mask * (grad_u.double() @ a.double())
-    assert relative_error(grad_x, expected) < ROUNDING / 2
+    assert relative_error(grad_x, expected) < ROUNDING
     untouched = scaled_mask == 0
     assert torch.equal(grad_x[untouched], x[untouched])
 
@@ -91,8 +91,8 @@ def test_dequantised_weights_equal_bitsandbytes(mode, dtype, cuda):
         assert weight.dtype == dtype
         if dtype == torch.float32:
             torch.testing.assert_close(weight, wide, rtol=1e-6, atol=1e-9)
-        else:  # rounded once: as near as bf16 can be, up to ties
-            assert ((weight.float() - wide).abs() <= wide.abs() * (ROUNDING / 2 + 1e-5) + 1e-30).all(), name
+        else:  # rounded once: half a unit in the last place is 2^-8 of a number just above a power of two
+            assert ((weight.float() - wide).abs() <= wide.abs() * ROUNDING + 1e-30).all(), name
 
 
 @pytest.mark.parametrize("learnt", (0, 1, 700))
@@ -110,7 +110,7 @@ def test_head_equals_torchs_cross_entropy(learnt, vocabulary, cuda, monkeypatch)
     (0.5 * expected).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
     assert hidden.grad.shape == wide.grad.shape
-    assert learnt == 0 or relative_error(hidden.grad, wide.grad) < 2 * ROUNDING
+    assert learnt == 0 or relative_error(hidden.grad, wide.grad) < 4 * ROUNDING  # the logits (up to 10) are rounded to bf16
 
 
 @pytest.mark.parametrize("rank", (8, 100, 256))  # above MAX_RANK the operator takes the plain twin

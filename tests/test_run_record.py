@@ -127,10 +127,15 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "card.md"
     write_complete(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_complete(path, "new \udcff")  # a byte of the command line that was not UTF-8
+    with pytest.raises(TypeError):
+        write_complete(path, None)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["card.md"]
+
+
+def test_a_byte_that_is_no_text_is_written_escaped(tmp_path):
+    write_complete(tmp_path / "card.md", "new \udcff")  # a byte of the command line that was not UTF-8
+    assert (tmp_path / "card.md").read_text() == "new \\udcff"
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 COMMON = ("-s", "6", "--lora_r", "8", "--learning_rate", "0.001")
-# Each value of each column meets each value of most others; both sides of every rule are there.
+# Architecture, bits, arithmetic and dropout, cut down to four so that each value is met on both sides of the others where it can matter.
 CASES = {
     "7b-4bit-float32-dropout": ("7b", ("-q", "4bit", "--compute_dtype", "fp32", "--lora_dropout", "0.1")),
     "40b-8bit-float32": ("40b", ("-q", "8bit", "--compute_dtype", "fp32", "--lora_dropout", "0")),

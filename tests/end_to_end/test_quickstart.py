@@ -5,12 +5,15 @@ import time
 
 import pytest
 
+from falcon_finetune.tiny_falcon import cache_folder
+
 
 @pytest.mark.slow
 def test_quickstart_teaches_the_task_and_reuses_what_is_there(shop):
     run_dir = shop.folder / "quickstart"
     # Two threads: what a user's machine of two cores gives it.
-    environment = {"FALCON_FINETUNE_CACHE": str(shop.folder / "cache"), "OMP_NUM_THREADS": "2"}
+    # The user's own cache, because the tiny model takes most of a minute to make, and other tests may have made it.
+    environment = {"FALCON_FINETUNE_CACHE": str(cache_folder()), "OMP_NUM_THREADS": "2"}
     command = ("-m", "scripts.quickstart", "-o", run_dir)
     began = time.monotonic()
     first = shop.python(*command, environment=environment).finish()
@@ -31,7 +34,7 @@ def test_quickstart_teaches_the_task_and_reuses_what_is_there(shop):
     assert again.code == 0, again.stderr[-3000:]
     repeated = json.loads(again.stdout.splitlines()[-1])
     print(f"again: {time.monotonic() - between:.0f} s")
-    assert "making tiny-7b-style" not in again.stdout + again.stderr
+    assert "making " not in again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.iterdir()} == changed
     assert repeated | {"seconds": 0} == result | {"seconds": 0}
-    assert repeated["seconds"] < result["seconds"] / 2
+    assert "already finished" in again.stderr and repeated["seconds"] < result["seconds"]
