@@ -175,14 +175,17 @@ def table(rows: list[dict]) -> str:
     lines = ["| model | base | rows | GPUs | samples/s | tokens/s | peak GiB (reserved) | TFLOP/s (share of matmul) | layers | loss | card, date, commit |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        start = f"| {row['model']} | {row['quantize_mode']} | {row['rows']} {row['length']} | {row['gpus']} |"
+        recipe = " (2023 recipe, plain path)" if row.get("recipe") else ""
+        start = f"| {row['model']}{recipe} | {row['quantize_mode']} | {row['rows']} {row['length']} | {row['gpus']} |"
         if row["status"] != "finished":
             lines.append(f"{start} failed | | | | | {row['cause'][:80]} | {row['date']} |")
             continue
         share = f" ({row['share_of_matmul']:.0%} of {row['matmul_tflops']:.0f})" if row.get("share_of_matmul") else ""
+        reserved = f" ({row['peak_reserved_gib']:.1f})" if row.get("peak_reserved_gib") else ""
+        speed = f"{row['tflops']:.0f}" if row.get("tflops") else ""
         where = f"{row['world_size']}x {row['device']}, {row['date']}" + (f", {row['commit'][:9]}" if row.get("commit") else "")
-        lines.append(f"{start} {row['samples_per_second']:.1f} | {row['tokens_per_second']:,} | {row['peak_memory_gib']:.1f} ({row['peak_reserved_gib']:.1f}) | "
-                     f"{row['tflops']:.0f}{share} | {row['quantized_layers']} | {row['loss_first']:.2f} -> {row['loss_last']:.2f} | {where} |")
+        lines.append(f"{start} {row['samples_per_second']:.1f} | {row['tokens_per_second']:,} | {row['peak_memory_gib']:.1f}{reserved} | "
+                     f"{speed}{share} | {row['quantized_layers']} | {row['loss_first']:.2f} -> {row['loss_last']:.2f} | {where} |")
     return "\n".join(lines)
 
 
