@@ -22,6 +22,16 @@ def _keep(token_keys, feature_keys, threshold):
 
 
 @triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
 def _project_kernel(x, a, tokens, features, partial, T, K, R, stride_x, columns_per_split, threshold, inverse_keep,
                     DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -60,7 +70,7 @@ def project_dropped(x: Tensor, a: Tensor, tokens: Tensor, features: Tensor, thre
 
 @triton.jit
 def _outer_kernel(x, grad_u, tokens, features, partial, T, K, R, stride_x, rows_per_split, threshold, inverse_keep,
-                  DROP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+                  DROP: tl.constexpr, GELU: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
     ranks = tl.arange(0, BR)
@@ -72,6 +82,8 @@ def _outer_kernel(x, grad_u, tokens, features, partial, T, K, R, stride_x, rows_
         rows = start + tl.arange(0, BT)
         inside = rows < tl.minimum(first + rows_per_split, T)
         tile = tl.load(x + rows[:, None].to(tl.int64) * stride_x + columns[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
+        if GELU:
+            tile = _gelu(tile.to(tl.float32)).to(tile.dtype)
         if DROP:
             token_keys = tl.load(tokens + rows, mask=inside, other=0)[:, None]
             tile = tl.where(_keep(token_keys, feature_keys, threshold), tile, 0.0)
@@ -81,8 +93,8 @@ def _outer_kernel(x, grad_u, tokens, features, partial, T, K, R, stride_x, rows_
     tl.store(out, total * inverse_keep, mask=(ranks < R)[:, None] & valid[None, :])
 
 
-def outer_dropped(grad_u: Tensor, x: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float) -> Tensor:
-    """grad_u' drop(x), summed over the tokens in float32 in a fixed order: grad_u [T, R], x [T, K] -> [R, K]."""
+def outer_dropped(grad_u: Tensor, x: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float, *, gelu: bool = False) -> Tensor:
+    """grad_u' drop(x), or grad_u' drop(gelu(x)), summed over the tokens in float32 in a fixed order: grad_u [T, R], x [T, K] -> [R, K]."""
     count, width, rank = x.shape[0], x.shape[1], grad_u.shape[1]
     block = 128
     tiles = triton.cdiv(width, block)
@@ -91,13 +103,13 @@ def outer_dropped(grad_u: Tensor, x: Tensor, tokens: Tensor, features: Tensor, t
     splits = triton.cdiv(count, rows_per_split)
     partial = torch.empty(splits, rank, width, dtype=torch.float32, device=x.device)
     _outer_kernel[(tiles, splits)](x, grad_u, tokens, features, partial, count, width, rank, x.stride(0), rows_per_split, threshold, 1 / keep,
-                                   DROP=keep < 1, BT=64, BK=block, BR=_rank_block(rank), num_warps=4, num_stages=3)
+                                   DROP=keep < 1, GELU=gelu, BT=64, BK=block, BR=_rank_block(rank), num_warps=4, num_stages=3)
     return partial.sum(0) if splits > 1 else partial[0]
 
 
 @triton.jit
 def _update_kernel(grad_x, grad_u, a, tokens, features, T, K, R, stride_g, threshold, inverse_keep,
-                   DROP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+                   preactivation, DROP: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     ranks = tl.arange(0, BR)
@@ -112,16 +124,23 @@ def _update_kernel(grad_x, grad_u, a, tokens, features, T, K, R, stride_g, thres
         token_keys = tl.load(tokens + rows, mask=inside, other=0)[:, None]
         feature_keys = tl.load(features + columns, mask=valid, other=0)[None, :]
         update = tl.where(_keep(token_keys, feature_keys, threshold), update * inverse_keep, 0.0)
-    tl.store(place, (before.to(tl.float32) + update).to(grad_x.dtype.element_ty), mask=both)
+    update += before.to(tl.float32)
+    if GELU:
+        update *= _gelu_slope(tl.load(preactivation + rows[:, None].to(tl.int64) * K + columns[None, :], mask=both, other=0.0).to(tl.float32))
+    tl.store(place, update.to(grad_x.dtype.element_ty), mask=both)
 
 
-def add_dropped_update(grad_x: Tensor, grad_u: Tensor, a: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float) -> None:
-    """grad_x += mask (grad_u a) / keep, in place: grad_x [T, K], grad_u [T, R], a [R, K], all bf16; the sum is rounded once."""
+def add_dropped_update(grad_x: Tensor, grad_u: Tensor, a: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float,
+                       *, through_gelu: Tensor | None = None) -> None:
+    """grad_x += mask (grad_u a) / keep, in place: grad_x [T, K], grad_u [T, R], a [R, K], all bf16; the sum is rounded once.
+
+    through_gelu: x = gelu(through_gelu) [T, K, contiguous]; then grad_x becomes the gradient of through_gelu.
+    """
     count, width, rank = grad_x.shape[0], grad_x.shape[1], a.shape[0]
     rows, columns, warps = UPDATE_TILE
     grid = (triton.cdiv(count, rows), triton.cdiv(width, columns))
     _update_kernel[grid](grad_x, grad_u, a, tokens, features, count, width, rank, grad_x.stride(0), threshold, 1 / keep,
-                         DROP=keep < 1, BM=rows, BK=columns, BR=_rank_block(rank), num_warps=warps, num_stages=2)
+                         through_gelu, DROP=keep < 1, GELU=through_gelu is not None, BM=rows, BK=columns, BR=_rank_block(rank), num_warps=warps, num_stages=2)
 
 
 @triton.jit
@@ -142,6 +161,32 @@ def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
 
 def _rank_block(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def _add_gelu_kernel(up, u, b, activated, T, K, R, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BK + tl.arange(0, BK)
+    ranks = tl.arange(0, BR)
+    inside, valid = rows < T, columns < K
+    both = inside[:, None] & valid[None, :]
+    place = rows[:, None].to(tl.int64) * K + columns[None, :]
+    before = tl.load(up + place, mask=both, other=0.0)
+    left = tl.load(u + rows[:, None] * R + ranks[None, :], mask=inside[:, None] & (ranks < R)[None, :], other=0.0)
+    right = tl.load(b + columns[None, :] * R + ranks[:, None], mask=(ranks < R)[:, None] & valid[None, :], other=0.0)
+    total = (tl.dot(left, right) + before.to(tl.float32)).to(up.dtype.element_ty)
+    tl.store(up + place, total, mask=both)
+    tl.store(activated + place, _gelu(total.to(tl.float32)).to(up.dtype.element_ty), mask=both)
+
+
+def add_update_gelu_(up: Tensor, u: Tensor, b: Tensor) -> Tensor:
+    """up += u b' in place, and gelu(up) in the same pass: up [T, K] contiguous, u [T, R], b [K, R], all bf16."""
+    activated = torch.empty_like(up)
+    count, width, rank = up.shape[0], up.shape[1], u.shape[1]
+    rows, columns, warps = UPDATE_TILE
+    _add_gelu_kernel[(triton.cdiv(count, rows), triton.cdiv(width, columns))](up, u, b, activated, count, width, rank, BM=rows, BK=columns,
+                                                                              BR=_rank_block(rank), num_warps=warps, num_stages=2)
+    return activated
 
 
 @triton.jit

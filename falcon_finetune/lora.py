@@ -87,6 +87,34 @@ def drop(x: Tensor, tokens: Tensor, features: Tensor, dropout: float) -> Tensor:
 # --- the operator --------------------------------------------------------------------------------------------------------------------
 
 
+def _forward(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
+             scale: float, dropout: float, *, add: bool = True) -> tuple[Tensor, Tensor]:
+    """y = x W' + bias + scale * u b' (without the last term if not `add`), and u = drop(x) a'."""
+    if _has_kernels(x, a):
+        u = kernels.project_dropped(x, a.to(x.dtype), tokens, features, keep_threshold(dropout), 1 - dropout)
+    else:
+        u = F.linear(drop(x, tokens, features, dropout), a.to(x.dtype))
+    y = F.linear(x, dequantize(frozen, (b.shape[0], x.shape[1]), x.dtype), None if bias is None else bias.to(x.dtype))
+    return (y.addmm_(u, (b * scale).to(x.dtype).t()) if add else y), u
+
+
+def _backward(grad: Tensor, x: Tensor, u: Tensor, frozen: Sequence[Tensor], a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
+              scale: float, dropout: float, *, through_gelu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, a (float32) and b (float32). With `through_gelu` x is what the layer's input was the gelu of."""
+    grad = grad.contiguous()
+    grad_u = grad @ (b * scale).to(grad.dtype)
+    grad_b = _mm_float32(grad.t(), u).mul_(scale)
+    grad_x = grad @ dequantize(frozen, (b.shape[0], x.shape[1]), grad.dtype)
+    if _has_kernels(x, a):
+        place = (tokens, features, keep_threshold(dropout), 1 - dropout)
+        grad_a = kernels.outer_dropped(grad_u, x, *place, gelu=through_gelu)
+        kernels.add_dropped_update(grad_x, grad_u, a.to(grad.dtype), *place, through_gelu=x if through_gelu else None)
+        return grad_x, grad_a, grad_b
+    grad_a = _mm_float32(grad_u.t(), drop(F.gelu(x) if through_gelu else x, tokens, features, dropout))
+    grad_x += drop(grad_u @ a.to(grad.dtype), tokens, features, dropout)
+    return (torch.ops.aten.gelu_backward(grad_x, x) if through_gelu else grad_x), grad_a, grad_b
+
+
 @torch.library.custom_op("falcon_finetune::lora_linear", mutates_args=())
 def lora_linear_op(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
                    scale: float, dropout: float) -> tuple[Tensor, Tensor]:
@@ -94,12 +122,7 @@ def lora_linear_op(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: 
 
     x [T, in] in the compute dtype; frozen: the stored W [out, in]; a [r, in] and b [out, r] in float32; tokens int32 [T]; features int32 [in].
     """
-    if _has_kernels(x, a):
-        u = kernels.project_dropped(x, a.to(x.dtype), tokens, features, keep_threshold(dropout), 1 - dropout)
-    else:
-        u = F.linear(drop(x, tokens, features, dropout), a.to(x.dtype))
-    y = F.linear(x, dequantize(frozen, (b.shape[0], x.shape[1]), x.dtype), None if bias is None else bias.to(x.dtype))
-    return y.addmm_(u, (b * scale).to(x.dtype).t()), u
+    return _forward(x, frozen, bias, a, b, tokens, features, scale, dropout)
 
 
 @lora_linear_op.register_fake
@@ -111,23 +134,78 @@ def _(x, frozen, bias, a, b, tokens, features, scale, dropout):
 def lora_linear_backward_op(grad: Tensor, x: Tensor, u: Tensor, frozen: Sequence[Tensor], a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
                             scale: float, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (compute dtype), a and b (float32) for grad [T, out]."""
-    grad = grad.contiguous()
-    grad_u = grad @ (b * scale).to(grad.dtype)
-    grad_b = _mm_float32(grad.t(), u).mul_(scale)
-    grad_x = grad @ dequantize(frozen, (b.shape[0], x.shape[1]), grad.dtype)
-    if _has_kernels(x, a):
-        place = (tokens, features, keep_threshold(dropout), 1 - dropout)
-        grad_a = kernels.outer_dropped(grad_u, x, *place)
-        kernels.add_dropped_update(grad_x, grad_u, a.to(grad.dtype), *place)
-    else:
-        grad_a = _mm_float32(grad_u.t(), drop(x, tokens, features, dropout))
-        grad_x += drop(grad_u @ a.to(grad.dtype), tokens, features, dropout)
-    return grad_x, grad_a, grad_b
+    return _backward(grad, x, u, frozen, a, b, tokens, features, scale, dropout)
 
 
 @lora_linear_backward_op.register_fake
 def _(grad, x, u, frozen, a, b, tokens, features, scale, dropout):
     return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
+
+
+def _save_linear(ctx, inputs, output):
+    x, frozen, _, a, b, tokens, features, ctx.scale, ctx.dropout = inputs
+    ctx.frozen_count = len(frozen)
+    ctx.save_for_backward(x, output[1], a, b, tokens, features, *frozen)
+
+
+def _linear_backward(ctx, grad_y, _grad_u):
+    x, u, a, b, tokens, features, *frozen = ctx.saved_tensors
+    grad_x, grad_a, grad_b = lora_linear_backward_op(grad_y, x, u, frozen, a, b, tokens, features, ctx.scale, ctx.dropout)
+    return grad_x, [None] * ctx.frozen_count, None, grad_a, grad_b, None, None, None, None
+
+
+lora_linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+@torch.library.custom_op("falcon_finetune::lora_gelu_mlp", mutates_args=())
+def lora_gelu_mlp_op(x: Tensor, frozen: Sequence[Tensor], frozen_count: int, bias: Tensor | None, bias_out: Tensor | None, a: Tensor, b: Tensor,
+                     a_out: Tensor, b_out: Tensor, tokens: Tensor, features: Tensor, features_out: Tensor, scale: float, scale_out: float,
+                     dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two linears of a Falcon MLP with the gelu between them: y, the preactivation and both u.
+
+    frozen: the stored weights of the first layer (`frozen_count` tensors), then of the second; the rest as in `lora_linear_op`.
+    """
+    together = _has_kernels(x, a)
+    up, u = _forward(x, frozen[:frozen_count], bias, a, b, tokens, features, scale, dropout, add=not together)
+    activated = kernels.add_update_gelu_(up, u, (b * scale).to(x.dtype)) if together else F.gelu(up)
+    y, u_out = _forward(activated, frozen[frozen_count:], bias_out, a_out, b_out, tokens, features_out, scale_out, dropout)
+    return y, up, u, u_out
+
+
+@lora_gelu_mlp_op.register_fake
+def _(x, frozen, frozen_count, bias, bias_out, a, b, a_out, b_out, tokens, features, features_out, scale, scale_out, dropout):
+    return tuple(x.new_empty(x.shape[0], width) for width in (b_out.shape[0], b.shape[0], a.shape[0], a_out.shape[0]))
+
+
+@torch.library.custom_op("falcon_finetune::lora_gelu_mlp_backward", mutates_args=())
+def lora_gelu_mlp_backward_op(grad: Tensor, x: Tensor, up: Tensor, u: Tensor, u_out: Tensor, frozen: Sequence[Tensor], frozen_count: int, a: Tensor,
+                              b: Tensor, a_out: Tensor, b_out: Tensor, tokens: Tensor, features: Tensor, features_out: Tensor, scale: float,
+                              scale_out: float, dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, a, b, a_out and b_out; the activation is made again from the preactivation, tile by tile."""
+    grad_up, grad_a_out, grad_b_out = _backward(grad, up, u_out, frozen[frozen_count:], a_out, b_out, tokens, features_out, scale_out, dropout,
+                                                through_gelu=True)
+    return (*_backward(grad_up, x, u, frozen[:frozen_count], a, b, tokens, features, scale, dropout), grad_a_out, grad_b_out)
+
+
+@lora_gelu_mlp_backward_op.register_fake
+def _(grad, x, up, u, u_out, frozen, frozen_count, a, b, a_out, b_out, tokens, features, features_out, scale, scale_out, dropout):
+    return tuple(torch.empty_like(tensor) for tensor in (x, a, b, a_out, b_out))
+
+
+def _save_mlp(ctx, inputs, output):
+    x, frozen, ctx.frozen_count, _, _, a, b, a_out, b_out, tokens, features, features_out, *ctx.numbers = inputs
+    ctx.stored_count = len(frozen)
+    ctx.save_for_backward(x, *output[1:], a, b, a_out, b_out, tokens, features, features_out, *frozen)
+
+
+def _mlp_backward(ctx, grad_y, *_):
+    x, up, u, u_out, a, b, a_out, b_out, tokens, features, features_out, *frozen = ctx.saved_tensors
+    grad_x, *grads = lora_gelu_mlp_backward_op(grad_y, x, up, u, u_out, frozen, ctx.frozen_count, a, b, a_out, b_out, tokens, features, features_out,
+                                               *ctx.numbers)
+    return grad_x, [None] * ctx.stored_count, None, None, None, *grads, None, None, None, None, None, None
+
+
+lora_gelu_mlp_op.register_autograd(_mlp_backward, setup_context=_save_mlp)
 
 
 def _has_kernels(x: Tensor, a: Tensor) -> bool:
@@ -139,21 +217,6 @@ def _mm_float32(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
-
-
-def _save(ctx, inputs, output):
-    x, frozen, _, a, b, tokens, features, ctx.scale, ctx.dropout = inputs
-    ctx.frozen_count = len(frozen)
-    ctx.save_for_backward(x, output[1], a, b, tokens, features, *frozen)
-
-
-def _backward(ctx, grad_y, _grad_u):
-    x, u, a, b, tokens, features, *frozen = ctx.saved_tensors
-    grad_x, grad_a, grad_b = lora_linear_backward_op(grad_y, x, u, frozen, a, b, tokens, features, ctx.scale, ctx.dropout)
-    return grad_x, [None] * ctx.frozen_count, None, grad_a, grad_b, None, None, None, None
-
-
-lora_linear_op.register_autograd(_backward, setup_context=_save)
 
 
 class LoraLinear:
@@ -171,3 +234,9 @@ class LoraLinear:
 
     def __call__(self, x: Tensor, tokens: Tensor, training: bool) -> Tensor:
         return lora_linear_op(x, self.frozen, self.bias, self.a, self.b, tokens, self.features, self.scale, self.dropout if training else 0.0)[0]
+
+
+def lora_gelu_mlp(first: LoraLinear, second: LoraLinear, x: Tensor, tokens: Tensor, training: bool) -> Tensor:
+    """second(gelu(first(x))) as one operator: the activation is neither kept for the backward pass nor made in a pass of its own."""
+    return lora_gelu_mlp_op(x, first.frozen + second.frozen, len(first.frozen), first.bias, second.bias, first.a, first.b, second.a, second.b, tokens,
+                            first.features, second.features, first.scale, second.scale, first.dropout if training else 0.0)[0]

@@ -16,7 +16,7 @@ from transformers import FalconForCausalLM
 from transformers.activations import get_activation
 
 from falcon_finetune.attention import RowBounds, packed_attention
-from falcon_finetune.lora import LoraLinear, mix
+from falcon_finetune.lora import LoraLinear, lora_gelu_mlp, mix
 from falcon_finetune.quantization import dequantize, kernels
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
@@ -144,7 +144,7 @@ class PackedLayer:
         self.grouped = config.new_decoder_architecture
         self.interleaved = not config.new_decoder_architecture and not config.multi_query
         self.sequential = not (config.new_decoder_architecture or config.parallel_attn)
-        self.activation = get_activation(config.activation)
+        self.activation = None if config.activation == "gelu" else get_activation(config.activation)  # gelu: in the operator
         if config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2:
             self.attention_norm, self.mlp_norm = _norm(layer.ln_attn), _norm(layer.ln_mlp)
         else:
@@ -182,7 +182,10 @@ def decoder_layer(layer: PackedLayer, hidden: Tensor, cos: Tensor | None, sin: T
         hidden = hidden + attended
     if layer.mlp_norm is not None:
         normed = norm(hidden, layer.mlp_norm)
-    output = layer.four_h_to_h(layer.activation(layer.h_to_4h(normed, tokens, training)), tokens, training)
+    if layer.activation is None:
+        output = lora_gelu_mlp(layer.h_to_4h, layer.four_h_to_h, normed, tokens, training)
+    else:
+        output = layer.four_h_to_h(layer.activation(layer.h_to_4h(normed, tokens, training)), tokens, training)
     return hidden + output if layer.sequential else hidden + (attended.float() + output.float()).to(hidden.dtype)
 
 

@@ -40,11 +40,15 @@ class Census:
     total_gib: float
 
     def line(self) -> str:
-        return (f"{self.quantized_layers} of {self.target_layers} decoder linears in {STORED_AS[self.mode]}, {self.decoder_gib:.1f} GiB; "
-                f"whole base {self.total_gib:.1f} GiB")
+        return (f"{self.quantized_layers} of {self.target_layers} decoder linears in {STORED_AS[self.mode]}, {_size(self.decoder_gib)}; "
+                f"whole base {_size(self.total_gib)}")
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
 
 
 def pick_compute_dtype(choice: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -60,7 +60,7 @@ A Falcon with {record['quantized_layers']} of {record['target_layers']} layers i
     after:  {example['after'].strip()}
 
   run directory   {run_dir}   (run.json, loss.png, README.md, the adapter)
-  next            python finetune.py -m tiny-40b-style -q 8bit -s 400
+  next            source .venv/bin/activate; python finetune.py -m tiny-40b-style -q 8bit -s 400
   on a GPU        torchrun --nnodes 1 --nproc_per_node 1 finetune.py -m ybelkada/falcon-7b-sharded-bf16 -q 4bit
 """, flush=True)
 
