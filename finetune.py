@@ -43,7 +43,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     from falcon_finetune.lora import add_lora
     from falcon_finetune.memory import c_compiler, choose_plan
     from falcon_finetune.packed_falcon import ForwardPlan, PackedFalcon
-    from falcon_finetune.quantization import load_base, pick_compute_dtype, visible_device
+    from falcon_finetune.quantization import check_backend, load_base, pick_compute_dtype, visible_device
     from falcon_finetune.training import FalconTrainer, ProgressLine
 
     # 1. Where: one device per process, known before anything is loaded.
@@ -53,6 +53,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
         say(f"this machine has {torch.cuda.device_count()} GPUs; training on GPU 0 alone. To use all of them:\n"
             f"  torchrun --nnodes 1 --nproc_per_node {torch.cuda.device_count()} {shlex.join(sys.argv)}")
     dtype, why = pick_compute_dtype(options.compute_dtype, device)
+    check_backend(options.quantize_mode, device)
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
     resume_from = checkpoint_to_resume(options, previous)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_finetune.console import say
 from falcon_finetune.hub import HubRepo, fetch, fetch_entry, is_hub_id, last_line, listed, names_in, names_on_hub, nearby
 from falcon_finetune.options import UserError
 
@@ -133,7 +134,7 @@ def find_model(name: str, *, random_weights: bool = False, seed: int = 0, revisi
         from falcon_finetune.tiny_falcon import ensure_tiny_model
 
         _refuse_revision(revision, f"{name} is made on this machine")
-        folder = ensure_tiny_model(name)
+        folder = ensure_tiny_model(name, say=say)
     elif local.is_dir():
         _refuse_revision(revision, f"{name} is a local folder")
         folder = local

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, FalconForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear, FalconRotaryEmbedding
 from transformers.quantizers import AutoHfQuantizer
 
+from falcon_finetune.console import say
 from falcon_finetune.family import LORA_TARGETS, BaseModel, weight_files
 from falcon_finetune.options import UserError
 
@@ -304,6 +305,28 @@ def dequantize(tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch
     return tensors[0].to(dtype)
 
 
+def check_backend(mode: str, device: torch.device) -> None:
+    """Quantises a small matrix on the device and reads it back, before anything large is loaded.
+
+    Raises:
+        UserError: bitsandbytes has no working backend here.
+    """
+    if mode == "16bit":
+        return
+    layer = nn.Linear(128, 64, bias=False)
+    weight = layer.weight.detach().clone()
+    twin = bnb.nn.Linear4bit(128, 64, False, quant_type="nf4") if mode == "4bit" else bnb.nn.Linear8bitLt(128, 64, False, has_fp16_weights=False)
+    try:
+        _place(twin, "weight", weight, device)
+        error = (dequantize(frozen_tensors(twin), (64, 128), torch.float32).cpu() - weight).norm() / weight.norm()
+    except Exception as cause:
+        line = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+        raise UserError(f"bitsandbytes {bnb.__version__} cannot quantise on {device.type} here: {line[:200]}",
+                        "reinstall it for this machine (bash scripts/setup.sh), or use -q 16bit") from None
+    if not error < 0.2:
+        raise UserError(f"bitsandbytes {bnb.__version__} gives wrong weights on {device.type} here (relative error {error:.2g})", "reinstall it, or use -q 16bit")
+
+
 def visible_device(local_index: int) -> torch.device:
     """The device of this rank: its own GPU, or the CPU.
 
@@ -314,6 +337,8 @@ def visible_device(local_index: int) -> torch.device:
         raise UserError(f"torch {torch.__version__} is built for AMD (ROCm), which this suite is not tested on", "use an NVIDIA card, or a CPU build of torch for a small run")
     if not torch.cuda.is_available():
         _refuse_idle_card()
+        if torch.backends.mps.is_available():
+            say("the Apple GPU is not used (bitsandbytes has no kernels for it): running on the CPU")
         return torch.device("cpu")
     if local_index >= torch.cuda.device_count():
         raise UserError(f"rank {local_index} has no GPU: {torch.cuda.device_count()} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",

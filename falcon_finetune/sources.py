@@ -24,6 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from falcon_finetune.console import say
 from falcon_finetune.hub import HUB_FAILURES, HubRepo, explain, is_hub_id, is_outage, nearby, reach, warn_of_cache
 from falcon_finetune.options import UserError
 from falcon_finetune.tiny_falcon import TINY_MODELS, ensure_tiny_model
@@ -76,7 +77,7 @@ def load_rows(name: str) -> Dataset:
         UserError: not there, unreachable, empty, broken (file and line), or without a usable column.
     """
     if name in TINY_MODELS:
-        return _load_files([Path(ensure_tiny_model(name)) / "train.jsonl"])
+        return _load_files([Path(ensure_tiny_model(name, say=say)) / "train.jsonl"])
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_files(_files_of_folder(path))
