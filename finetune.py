@@ -91,7 +91,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     record["seconds_to_first_step"] = round(trainer.first_step_ended - started, 1)
     finish_record(record, trainer, eval_loss, started)
     state.wait_for_everyone()
-    if state.num_processes > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
 

@@ -36,7 +36,9 @@ def start_build_in_another_process(cache: Path, steps: int) -> subprocess.Popen:
         "say = lambda line: print(line, flush=True); "
         "print(ensure('tiny-7b-style', pathlib.Path(sys.argv[1]), say, pretraining_steps=int(sys.argv[2])))"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(cache), str(steps)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # A shell's background job ignores SIGINT, and so do its children, Python among them, unless they are told otherwise.
+    return subprocess.Popen([sys.executable, "-c", code, str(cache), str(steps)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def visible(cache: Path) -> list[str]:
@@ -171,7 +173,10 @@ def test_interrupted_build_leaves_nothing_that_looks_finished(tmp_path, kill):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(kill)
-    process.communicate(timeout=60)
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode != 0 and visible(tmp_path) == []
     assert bool(list(tmp_path.glob(".*.staging"))) is (kill == signal.SIGKILL)
     assert visible(tmp_path) == [] and build(tmp_path).is_dir()  # neither the leftovers nor the dead lock are in the way
