@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import varlen
 
@@ -52,13 +53,13 @@ def attention_by_row(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[i
     group = query.shape[1] // key.shape[1]
     outputs = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, length, D]
+        q, k, v = (rearrange(x, "length heads d -> 1 heads length d") for x in (q, k, v))
         k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
         if alibi is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_alibi_mask(alibi, q.shape[2], q.shape[3], q.dtype))
-        outputs.append(mixed.squeeze(0).transpose(0, 1))
+        outputs.append(rearrange(mixed, "1 heads length d -> length heads d"))
     return torch.cat(outputs)
 
 

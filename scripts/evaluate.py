@@ -3,7 +3,8 @@
     python -m scripts.evaluate results/tiny-7b-style-4bit-tiny-7b-style
     python -m scripts.evaluate RUN -d heldout.jsonl --rows 200
 
-Prints one JSON object last on stdout: exact_match_before (base alone), exact_match_after (with the adapter), rows, and one example.
+Prints one JSON object last on stdout: exact_match_before (base alone), exact_match_after (with the adapter) and its 95 % confidence interval
+(Wilson), rows, and one example.
 """
 
 import argparse
@@ -28,8 +29,11 @@ def main() -> int:
 
 def evaluate(run: Path, dataset: str | None, rows: int, max_new_tokens: int) -> dict:
     """Scores greedy answers; an answer counts if it equals the row's, apart from space around it."""
-    from falcon_finetune.data import load_rows, prompts_and_answers
+    from scipy.stats import binomtest
+
+    from falcon_finetune.data import prompts_and_answers
     from falcon_finetune.generation import greedy_answers, load_run
+    from falcon_finetune.sources import load_rows
 
     model, tokenizer, record = load_run(run)
     held_out = load_rows(dataset or held_out_file(record))
@@ -40,12 +44,14 @@ def evaluate(run: Path, dataset: str | None, rows: int, max_new_tokens: int) -> 
         before = greedy_answers(model, tokenizer, prompts, max_new_tokens)
     say(f"{len(prompts)} held-out rows")
 
-    def share(answers: list[str]) -> float:
-        return sum(answer.strip() == right.strip() for answer, right in zip(answers, wanted)) / len(wanted)
+    def hits(answers: list[str]) -> int:
+        return sum(answer.strip() == right.strip() for answer, right in zip(answers, wanted))
 
     shown = next((i for i in range(len(wanted)) if before[i].strip() != wanted[i].strip() == after[i].strip()), 0)
+    interval = binomtest(hits(after), len(wanted)).proportion_ci(method="wilson")
     example = {"prompt": prompts[shown], "before": before[shown], "after": after[shown], "wanted": wanted[shown]}
-    return {"run_dir": str(run), "rows": len(wanted), "exact_match_before": share(before), "exact_match_after": share(after), "example": example}
+    return {"run_dir": str(run), "rows": len(wanted), "exact_match_before": hits(before) / len(wanted), "exact_match_after": hits(after) / len(wanted),
+            "exact_match_after_95": [round(interval.low, 4), round(interval.high, 4)], "example": example}
 
 
 def held_out_file(record: dict) -> str:
