@@ -7,10 +7,12 @@
 The file reads in the order of a run: options -> data -> quantised base -> LoRA -> SFTTrainer -> run directory.
 """
 
+import contextlib
 import os
 import shlex
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from falcon_finetune.console import quiet_the_stack, run_main, say
@@ -35,7 +37,6 @@ def main() -> int:
 
 def train(options: Options, previous: dict | None, started: float) -> int:
     import torch
-    from accelerate import PartialState
 
     from falcon_finetune.checkpoints import checkpoint_to_resume
     from falcon_finetune.data import prepare_data
@@ -48,32 +49,32 @@ def train(options: Options, previous: dict | None, started: float) -> int:
 
     # 1. Where: one device per process, known before anything is loaded.
     device = visible_device(int(os.environ.get("LOCAL_RANK", "0")))
-    state = PartialState(cpu=device.type == "cpu")
+    state = start_processes(device)
     if state.num_processes == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
         say(f"this machine has {torch.cuda.device_count()} GPUs; training on GPU 0 alone. To use all of them:\n"
             f"  torchrun --nnodes 1 --nproc_per_node {torch.cuda.device_count()} {shlex.join(sys.argv)}")
-    dtype, why = pick_compute_dtype(options.compute_dtype, device)
-    check_backend(options.quantize_mode, device)
+    dtype, why = on_every_rank(state, lambda: (check_backend(options.quantize_mode, device), pick_compute_dtype(options.compute_dtype, device))[1])
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
-    resume_from = checkpoint_to_resume(options, previous)
-    base = first_rank_first(state.main_process_first(), lambda: find_model(options.model_name, random_weights=options.random_weights,
-                                                                           seed=options.seed, revision=options.revision))
-    tokenizer = first_rank_first(state.main_process_first(), lambda: load_tokenizer(base))
-    data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
-                        eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first)
+    resume_from = on_every_rank(state, lambda: checkpoint_to_resume(options, previous, state.num_processes))
+    base = on_every_rank(state, lambda: find_model(options.model_name, random_weights=options.random_weights, seed=options.seed,
+                                                   revision=options.revision), state.main_process_first())
+    tokenizer = on_every_rank(state, lambda: load_tokenizer(base), state.main_process_first())
+    data = on_every_rank(state, lambda: prepare_data(
+        options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
+        eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first))
     say(data.report.summary())
 
     # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
-        first_rank_first(state.local_main_process_first(), lambda: weight_files(base))  # one download a node
-    model, census = load_base(base, options.quantize_mode, device, PackedFalcon)
+        on_every_rank(state, lambda: weight_files(base), state.local_main_process_first())  # one download a node
+    model, census = on_every_rank(state, lambda: load_base(base, options.quantize_mode, device, PackedFalcon))
     say(f"{base.identity}: {census.line()}; {why}")
 
     # 4. LoRA in float32 on every decoder linear, and how a step will be carried out on this device.
     model = add_lora(model, options, base.identity)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    plan = choose_plan(options, base.config, device, trainable, data.report.longest_row_tokens)
+    plan = on_every_rank(state, lambda: choose_plan(options, base.config, device, dtype, trainable, data.report.longest_row_tokens))
     if device.type == "cuda" and c_compiler() is None:
         say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
     model.base_model.model.prepare_packed(ForwardPlan(dtype, recompute=plan.recompute, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
@@ -88,7 +89,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     eval_loss = trainer.evaluate()["eval_loss"] if data.eval is not None else None
 
     # 6. The run directory.
-    record["seconds_to_first_step"] = round(trainer.first_step_ended - started, 1)
+    record["seconds_to_first_step"] = None if trainer.first_step_ended is None else round(trainer.first_step_ended - started, 1)
     finish_record(record, trainer, eval_loss, started)
     state.wait_for_everyone()
     if torch.distributed.is_initialized():
@@ -96,18 +97,33 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     return 0
 
 
-def first_rank_first(turns, act):
-    """What `act` returns, the first rank ahead of the others (`turns` is accelerate's context). An error waits for the barrier at the end
-    of the context: without it the other ranks would end in a traceback of their own, about a connection that was closed."""
+def on_every_rank(state, act, turns=None):
+    """What `act` returns. An error of the user's on any rank is raised on all of them, the lowest rank's: one cause is printed, and no rank
+    waits for one that has gone or ends in a traceback about its closed connection. `turns`: accelerate's context that lets the first rank go first."""
+    import torch.distributed as dist
+
     answer = error = None
-    with turns:
+    with turns if turns is not None else contextlib.nullcontext():
         try:
             answer = act()
         except UserError as caught:
             error = caught
+    if state.num_processes > 1:
+        errors: list = [None] * state.num_processes
+        dist.all_gather_object(errors, error and (error.cause, error.cure))
+        error = next((UserError(*found) for found in errors if found), None)
     if error is not None:
         raise error
     return answer
+
+
+def start_processes(device):
+    """accelerate's view of the ranks. Its time-out is for the first rank's downloads and tokenising, which the others wait for: the library's
+    own ten minutes would end a run in the middle of an 80 GB download."""
+    from accelerate import PartialState
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return PartialState(cpu=device.type == "cpu", **({"timeout": timedelta(hours=12)} if ranks > 1 else {}))
 
 
 def check_launch() -> None:
@@ -143,7 +159,7 @@ def start_record(options, base, data, census, dtype, plan, steps, trainable, wor
         "options": options.to_dict(), "base_model": base.identity, "revision": base.revision,
         "tokenizer": "embedded byte-level" if embedded else type(tokenizer).__name__,
         "quantize_mode": options.quantize_mode, "target_layers": census.target_layers, "quantized_layers": census.quantized_layers if options.quantize_mode != "16bit" else 0,
-        "census": census.to_dict(), "compute_dtype": str(dtype).removeprefix("torch."), "arithmetic_8bit": "int8 weights x 16-bit compute" if options.quantize_mode == "8bit" else None,
+        "census": census.to_dict(), "compute_dtype": str(dtype).removeprefix("torch."), "arithmetic_8bit": f"int8 weights x {str(dtype).removeprefix('torch.')} compute" if options.quantize_mode == "8bit" else None,
         "plan": plan.to_dict(), "world_size": world_size, "effective_batch_size": options.rows_per_step(world_size), "steps": steps,
         "trainable_parameters": trainable, "data": data.report.to_dict(), "template": data.template,
         "versions": versions(), "commit": source_commit(), "device": device_name(device),

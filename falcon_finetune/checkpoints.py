@@ -12,13 +12,17 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def checkpoint_to_resume(options: Options, previous: dict | None) -> str | None:
+def checkpoint_to_resume(options: Options, previous: dict | None, world_size: int) -> str | None:
     """The checkpoint that this run continues from: the one asked for, else the newest of the same run, else none.
 
     Raises:
-        UserError: --resume names a checkpoint that is not there, or there is none at all.
+        UserError: --resume names a checkpoint that is not there, or there is none at all, or the run was started with other rows a step.
     """
     found = checkpoints_of(Path(options.output_dir))
+    rows = options.rows_per_step(world_size)
+    if found and previous is not None and previous.get("effective_batch_size") != rows:
+        raise UserError(f"{options.output_dir} was started with {previous.get('effective_batch_size')} rows a step, this command makes {rows}",
+                        "choose -b, --gradient_accumulation_steps and the number of GPUs so that their product is the same, or another -o")
     names = ", ".join(path.name.split("-")[1] for path in found) or "none"
     if options.resume in (None, "auto"):
         if options.resume == "auto" and not found:

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 
+import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from falcon_finetune.family import BaseModel, find_model
 from falcon_finetune.options import UserError
-from falcon_finetune.quantization import load_base, pick_compute_dtype, visible_device
+from falcon_finetune.quantization import dequantize, frozen_tensors, load_base, pick_compute_dtype, visible_device
 from falcon_finetune.run_record import read_run
 
 
@@ -35,6 +38,7 @@ def load_run(folder: Path, *, base_only: bool = False) -> tuple[torch.nn.Module,
     if not base_only:
         model = PeftModel.from_pretrained(model, str(folder))  # float32 as it was saved; to_compute_dtype rounds it, once
     to_compute_dtype(model, dtype)
+    compute_as_trained(model)
     return model.eval(), AutoTokenizer.from_pretrained(str(folder)), record
 
 
@@ -43,6 +47,18 @@ def to_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.dtype in (torch.float32, torch.bfloat16):
             parameter.data = parameter.data.to(dtype)
+
+
+def compute_as_trained(model: torch.nn.Module) -> None:
+    """8 bits as in training, int8 weights x compute dtype: on a GPU the layer's own forward would round the activations to int8 as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = dequantize(frozen_tensors(self), (self.out_features, self.in_features), x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.forward = MethodType(forward, module)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from falcon_finetune.console import say
 from falcon_finetune.options import Options, UserError
 
 RESERVE_GIB = 1.5  # CUDA context, cuBLAS workspaces, fragments
@@ -38,16 +39,16 @@ class Plan:
         return asdict(self)
 
 
-def activation_gib(tokens: int, config, *, recompute: bool, lora_r: int) -> float:
-    """Peak GiB of activations and workspace for one micro-batch of `tokens`."""
+def activation_gib(tokens: int, config, *, recompute: bool, lora_r: int, compute_bytes: int = 2) -> float:
+    """Peak GiB of activations and workspace for one micro-batch of `tokens`; `compute_bytes` a value between the GEMMs (2 for bf16)."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     ffn = config.ffn_hidden_size
     norms = 2 if config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1 else 1
-    per_layer = 4 * hidden + 2 * norms * hidden + 2 * 2.2 * hidden + 2 * 2 * ffn + 2 * 4 * lora_r
+    per_layer = 4 * hidden + compute_bytes * (norms * hidden + 2.2 * hidden + 2 * ffn + 4 * lora_r)
     kept = per_layer * layers if not recompute else 4 * hidden * layers + per_layer
-    workspace = 6 * ffn * 2  # gradients and dropped copies inside one layer
-    head = 3 * 2**29 + 2 * 2 * tokens * hidden
-    weight = 2 * 2 * hidden * ffn  # the largest dequantised matrix, twice
+    workspace = 6 * ffn * compute_bytes  # gradients and dropped copies inside one layer
+    head = 3 * 2**29 + 2 * compute_bytes * tokens * hidden
+    weight = 2 * compute_bytes * hidden * ffn  # the largest dequantised matrix, twice
     return (tokens * (kept + workspace) + head + weight) / 2**30
 
 
@@ -59,11 +60,12 @@ def decoder_weights(config) -> int:
     return config.num_hidden_layers * hidden * (fused + hidden + 2 * config.ffn_hidden_size)
 
 
-def choose_plan(options: Options, config, device: torch.device, adapter_parameters: int, longest_row: int) -> Plan:
+def choose_plan(options: Options, config, device: torch.device, dtype: torch.dtype, adapter_parameters: int, longest_row: int) -> Plan:
     """Picks the largest micro-batch that fits, without recompute where that leaves an efficient one.
 
     Args:
-        adapter_parameters: trainable parameters; their gradients and two moments (float32) are still to come.
+        dtype: of the arithmetic between the GEMMs.
+        adapter_parameters: trainable parameters; their gradients and two moments (float32) are still to come, and DDP's buckets.
         longest_row: tokens of the longest row, the smallest micro-batch there is.
 
     Raises:
@@ -78,26 +80,28 @@ def choose_plan(options: Options, config, device: torch.device, adapter_paramete
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = torch.cuda.get_per_process_memory_fraction(device) if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
     free = min(free + reusable, int(total * share) - torch.cuda.memory_allocated(device)) / 2**30
-    room = free - RESERVE_GIB - 12 * adapter_parameters / 2**30
+    room = free - RESERVE_GIB - (16 if torch.distributed.is_initialized() else 12) * adapter_parameters / 2**30
 
-    def fits(tokens: int, recompute: bool) -> bool:
-        return activation_gib(tokens, config, recompute=recompute, lora_r=options.lora_r) <= room
+    def needs(tokens: int, recompute: bool) -> float:
+        return activation_gib(max(tokens, longest_row), config, recompute=recompute, lora_r=options.lora_r, compute_bytes=dtype.itemsize)
 
     choices = {"auto": (False, True), "none": (False,), "full": (True,)}[options.recompute]
     for recompute in choices:
         last = recompute is choices[-1]
-        tokens = options.micro_batch_tokens or _largest(whole_step, longest_row, lambda t: fits(t, recompute))
+        tokens = options.micro_batch_tokens or _largest(whole_step, longest_row, lambda t: needs(t, recompute) <= room)
         efficient = tokens is not None and tokens >= min(whole_step, MIN_EFFICIENT_TOKENS)
-        if tokens is not None and fits(tokens, recompute) and (efficient or last or options.micro_batch_tokens):
-            need = activation_gib(tokens, config, recompute=recompute, lora_r=options.lora_r)
-            copy = decoder_weights(config) * 2 / 2**30
+        if tokens is not None and needs(tokens, recompute) <= room and (efficient or last or options.micro_batch_tokens):
+            need = needs(tokens, recompute)
+            copy = decoder_weights(config) * dtype.itemsize / 2**30
             keep = options.quantize_mode != "16bit" and tokens >= whole_step and not recompute and need + copy + IDLE_GIB <= room
             return Plan(tokens, recompute, compile_layers, keep, round(need + copy * keep, 2), round(room, 2))
     if options.micro_batch_tokens:
-        return Plan(options.micro_batch_tokens, choices[-1], compile_layers, False, None, round(room, 2))
-    need = activation_gib(longest_row, config, recompute=choices[-1], lora_r=options.lora_r)
+        need = needs(options.micro_batch_tokens, choices[-1])
+        say(f"warning: micro-batches of {options.micro_batch_tokens:,} tokens need about {need:.1f} GiB, {room:.1f} are left: lower --micro_batch_tokens if memory runs out")
+        return Plan(options.micro_batch_tokens, choices[-1], compile_layers, False, round(need, 2), round(room, 2))
+    need = needs(longest_row, choices[-1])
     raise UserError(f"one row of {longest_row} tokens needs about {need:.1f} GiB beside the base, {max(room, 0):.1f} GiB are left on this card",
-                    "lower --max_length or --lora_r, use -q 4bit, --recompute full, or a larger card")
+                    "lower --max_length or --lora_r, use -q 4bit or --recompute auto where they are not set yet, or a larger card")
 
 
 def _largest(whole_step: int, longest_row: int, fits) -> int | None:

@@ -176,8 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="arithmetic between the weights: auto takes bf16 where the device has it, else fp32 (%(default)s; 2023 had fp16, which overflows on Falcon)")
 
     data = parser.add_argument_group("data")
-    data.add_argument("-d", "--dataset_name", default=DEFAULT_DATASET, metavar="NAME",
-                      help="hub id, local file (jsonl, json, csv, parquet) or folder; the tiny models bring their own (%(default)s, 2023)")
+    data.add_argument("-d", "--dataset_name", metavar="NAME",
+                      help=f"hub id, local file (jsonl, json, csv, parquet) or folder; the tiny models bring their own ({DEFAULT_DATASET}, 2023)")
     data.add_argument("--max_length", type=_whole(2), default=512, metavar="TOKENS",
                       help="longest row in tokens, its EOS included; longer rows are cut and counted (%(default)s, 2023)")
     data.add_argument("--eval_fraction", type=_real(0, 0.5), default=0.0, metavar="SHARE",
@@ -240,8 +240,12 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     arguments = sys.argv[1:] if arguments is None else arguments
     namespace = build_parser().parse_strictly(arguments)
     values = vars(namespace)
-    if values["model_name"].startswith("tiny-") and values["dataset_name"] == DEFAULT_DATASET:
-        values["dataset_name"] = values["model_name"]
+    if values["dataset_name"] is None:
+        values["dataset_name"] = values["model_name"] if values["model_name"] in ("tiny-7b-style", "tiny-40b-style") else DEFAULT_DATASET
+    if values["eval_steps"] and not values["eval_fraction"]:
+        raise UserError("--eval_steps without held-out rows evaluates nothing", "add --eval_fraction 0.02")
+    if values["epochs"] is None and values["warmup_steps"] >= values["steps"] > 1:
+        raise UserError(f"--warmup_steps {values['warmup_steps']} of {values['steps']} steps: the rate would never reach its peak", "warm up for less than --steps")
     if values["output_dir"] is None:
         mode = values["quantize_mode"] + ("-random" if values["random_weights"] else "")
         values["output_dir"] = f"results/{slug(values['model_name'])}-{mode}-{slug(values['dataset_name'])}"

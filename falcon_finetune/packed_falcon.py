@@ -28,8 +28,8 @@ _HEAD_CHUNK_BYTES = 2**29  # float32 logits held at once
 class PackedRows:
     """One micro-batch: rows laid end to end.
 
-    input_ids, positions: int64 [T]; token_ids: int32 [T], the place of each token in the whole optimizer step (slot of its row x longest
-    row + position), what dropout is addressed by; learnt_at, targets: int64 [L], the positions whose next token carries loss and that token.
+    input_ids, positions: int64 [T]; token_ids: int32 [T], the place of each token in the whole optimizer step (slot of its row x a
+    stride above any row's length + position), what dropout is addressed by; learnt_at, targets: int64 [L], the positions whose next token carries loss and that token.
     """
 
     input_ids: Tensor

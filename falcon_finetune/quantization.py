@@ -98,18 +98,20 @@ def load_base(base: BaseModel, mode: str, device: torch.device, model_class: typ
     """
     model = _skeleton(base.config, mode, model_class)
     tensors = _random_tensors(model, base.random_seed, device) if base.random_seed is not None else _stored_tensors(weight_files(base))
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    expected = {name: parameter.shape for name, parameter in model.named_parameters() if not (base.config.tie_word_embeddings and name == "lm_head.weight")}
     tied = base.config.tie_word_embeddings
-    if tied:
-        expected.pop("lm_head.weight", None)
+    heads = {}  # a tied checkpoint stores the shared matrix under either name, or under both
     modules = dict(model.named_modules())
     while True:
         item = next(tensors, None)
         if item is None:
             break
         name, tensor = item
+        if tied and name == "lm_head.weight":
+            heads[name] = tensor.to(torch.bfloat16, copy=True)
+            continue
         if name not in expected:
-            continue  # old checkpoints carry rotary buffers and a tied head
+            continue  # old checkpoints carry rotary buffers
         shape = expected.pop(name)
         if tensor.shape != shape:
             raise UserError(f"{base.name}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}",
@@ -117,6 +119,8 @@ def load_base(base: BaseModel, mode: str, device: torch.device, model_class: typ
         owner, _, leaf = name.rpartition(".")
         _place(modules[owner], leaf, tensor, device)
         del item, tensor  # the next shard must not meet this one in memory
+    if heads:
+        _place_tied_head(base, model, heads.pop("lm_head.weight"), expected, device)
     if expected:
         raise UserError(f"{base.name}: {len(expected)} tensors are not in the checkpoint, {next(iter(expected))} first", "download it again")
     if tied:
@@ -126,6 +130,16 @@ def load_base(base: BaseModel, mode: str, device: torch.device, model_class: typ
     model.config.use_cache = False
     _tell_the_stack(model, mode, device)
     return model, take_census(model, mode)
+
+
+def _place_tied_head(base: BaseModel, model: FalconForCausalLM, head: torch.Tensor, expected: dict, device: torch.device) -> None:
+    """The head that a checkpoint stores although its config ties it to the embedding: the same matrix, or the only copy of it."""
+    name = "transformer.word_embeddings.weight"
+    if expected.get(name) == head.shape:
+        expected.pop(name)
+        _place(model.transformer.word_embeddings, "weight", head, device)
+    elif name in expected or not torch.equal(model.transformer.word_embeddings.weight, head.to(device)):
+        raise UserError(f"{base.name}: lm_head.weight differs from the embedding, but config.json ties them", 'set "tie_word_embeddings": false in config.json')
 
 
 def _skeleton(config, mode: str, model_class: type[FalconForCausalLM]) -> FalconForCausalLM:
@@ -340,8 +354,9 @@ def visible_device(local_index: int) -> torch.device:
         if torch.backends.mps.is_available():
             say("the Apple GPU is not used (bitsandbytes has no kernels for it): running on the CPU")
         return torch.device("cpu")
-    if local_index >= torch.cuda.device_count():
-        raise UserError(f"rank {local_index} has no GPU: {torch.cuda.device_count()} visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
+    ranks = max(local_index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if ranks > torch.cuda.device_count():  # known on every rank, so that the first one says it
+        raise UserError(f"{ranks} processes but {torch.cuda.device_count()} GPUs visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
                         f"start torchrun with --nproc_per_node {torch.cuda.device_count()}")
     torch.cuda.set_device(local_index)
     return torch.device("cuda", local_index)
@@ -349,6 +364,8 @@ def visible_device(local_index: int) -> torch.device:
 
 def _refuse_idle_card() -> None:
     """A CPU run on a machine with an NVIDIA card is hours lost; CUDA_VISIBLE_DEVICES="" says that it is meant."""
+    if Path("/dev/kfd").exists() and torch.version.cuda is not None:
+        raise UserError("this machine has an AMD card, which this suite is not made for", "use an NVIDIA card, or a CPU build of torch for a small run")
     if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     if torch.version.cuda is None:

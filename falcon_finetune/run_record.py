@@ -171,7 +171,7 @@ def device_name(device) -> str:
 
 
 def peak_memory_gib(device) -> tuple[float, float]:
-    """(peak allocated, peak reserved) of this process on its GPU; on a CPU, twice the peak resident memory."""
+    """(peak allocated, peak reserved) of this process on its GPU; on a CPU, its peak resident memory for both."""
     if device.type == "cuda":
         import torch
 

@@ -237,6 +237,7 @@ class FalconTrainer(SFTTrainer):
         while len(self._unread) > keep:
             step, numbers, learning_rate, tokens = self._unread.pop(0)
             loss, grad_norm = numbers.read()
+            self._total_loss_scalar += loss  # of the Trainer's closing summary
             now, self.state.global_step = self.state.global_step, step
             self.state.epoch = step * self.options.rows_per_step(self.args.world_size) / len(self.train_dataset)
             self.log({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens})

@@ -229,11 +229,11 @@ def test_settings_that_save_memory_or_time_change_nothing(mode, changes, cuda):
 def test_a_plan_fits_or_says_why_not(cuda):
     config = FalconConfig(**SIZES["falcon-7b"])
     options = parse_options(["-b", "16"])
-    plan = choose_plan(options, config, cuda, 130_000_000, 512)
+    plan = choose_plan(options, config, cuda, torch.bfloat16, 130_000_000, 512)
     assert plan.micro_batch_tokens % 512 == 0
     assert plan.estimated_gib <= plan.free_gib <= torch.cuda.mem_get_info(cuda)[1] / 2**30
-    assert choose_plan(parse_options(["--micro_batch_tokens", "700"]), config, cuda, 0, 512).micro_batch_tokens == 700
+    assert choose_plan(parse_options(["--micro_batch_tokens", "700"]), config, cuda, torch.bfloat16, 0, 512).micro_batch_tokens == 700
     with pytest.raises(UserError) as error:
-        choose_plan(options, config, cuda, 0, 10**8)
+        choose_plan(options, config, cuda, torch.bfloat16, 0, 10**8)
     assert "one row of 100000000 tokens needs about " in error.value.cause
     assert "--max_length" in error.value.cure

@@ -1,6 +1,7 @@
 """The plan: which micro-batch, recompute and compile settings, and what they are estimated to take."""
 
 import pytest
+import torch
 from transformers import FalconConfig
 
 from falcon_finetune.family import SIZES
@@ -13,7 +14,7 @@ FULL_SIZES = {name: FalconConfig(**sizes) for name, sizes in SIZES.items()}
 
 
 def plan_on_cpu(*flags: str, longest_row: int = 512) -> Plan:
-    return choose_plan(parse_options(list(flags)), tiny_config("7b"), CPU, 100_000, longest_row)
+    return choose_plan(parse_options(list(flags)), tiny_config("7b"), CPU, torch.bfloat16, 100_000, longest_row)
 
 
 def test_a_cpu_takes_the_whole_step_up_to_a_bound():

@@ -359,3 +359,25 @@ def test_compute_dtype_is_chosen_and_said():
     flags = Path("/proc/cpuinfo").read_text()
     assert (dtype == torch.bfloat16) == ("avx512_bf16" in flags or "amx_bf16" in flags)
     assert why.startswith("bf16" if dtype == torch.bfloat16 else "float32")
+
+
+@pytest.mark.parametrize("stored", ("both", "head alone"))
+def test_a_tied_checkpoint_may_store_its_matrix_under_the_heads_name(stored, tmp_path):
+    config, embedding = tiny_config("7b"), "transformer.word_embeddings.weight"
+    state = state_of(config)
+    state["lm_head.weight"] = state[embedding].clone()
+    if stored == "head alone":
+        del state[embedding]
+    write_shards(tmp_path, state, "safetensors", 2)
+    model, _ = load_base(stored_base(tmp_path, config), "4bit", CPU)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    config = tiny_config("7b")
+    state = state_of(config)
+    state["lm_head.weight"] = state["transformer.word_embeddings.weight"] + 1
+    write_shards(tmp_path, state, "safetensors", 1)
+    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+        load_base(stored_base(tmp_path, config), "4bit", CPU)

@@ -7,7 +7,7 @@ them get makes a step several passes: under it the ranks do unequal numbers of p
 import pytest
 import torch
 
-COMMON = ("-s", "6", "--lora_r", "8", "--learning_rate", "0.001")
+COMMON = ("-s", "6", "--lora_r", "8", "--learning_rate", "0.001", "--eval_fraction", "0.2", "--eval_steps", "3")
 # Architecture, bits, arithmetic and dropout, cut down to four so that each value is met on both sides of the others where it can matter.
 CASES = {
     "7b-4bit-float32-dropout": ("7b", ("-q", "4bit", "--compute_dtype", "fp32", "--lora_dropout", "0.1")),
@@ -52,6 +52,10 @@ def test_equal_runs_are_equal(equal_runs):
         assert distances[0] <= first
         assert max(distances) <= later
         assert adapter <= weights
+        evaluations = [(step, loss) for step, loss in record["eval_losses"]]
+        assert [step for step, _ in evaluations] == [3, 6] and record["eval_loss"] == evaluations[-1][1]
+        for (_, mine), (_, theirs) in zip(one.record["eval_losses"], evaluations, strict=True):
+            assert abs(mine - theirs) <= later
 
 
 def test_adapters_are_trained_and_float32(equal_runs):

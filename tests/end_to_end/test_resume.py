@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 
 import pytest
@@ -72,3 +73,24 @@ def test_finished_run_is_left_alone(shop, flags, undisturbed):
     assert again.code == 0
     assert "already finished" in again.stderr and len(again.stderr.splitlines()) == 1
     assert contents(undisturbed.run_dir) == before
+
+
+def test_run_killed_between_its_last_checkpoint_and_its_end_is_finished_by_the_same_command(shop, flags, undisturbed):
+    folder = shop.folder / "almost"
+    shutil.copytree(undisturbed.run_dir, folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["options"]["output_dir"] = str(folder)
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (folder / "adapter_model.safetensors").unlink()
+    finished = shop.train(*flags, to=folder.name)
+    assert finished.record["status"] == "finished" and finished.record["losses"] == undisturbed.record["losses"]
+    assert all(torch.equal(tensor, undisturbed.adapter[name]) for name, tensor in finished.adapter.items())
+
+
+def test_another_number_of_rows_a_step_does_not_continue(shop, flags, undisturbed):
+    folder = shop.folder / "two-ranks"
+    shutil.copytree(undisturbed.run_dir, folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    asked = shop.finetune(*flags, to=folder.name, ranks=2).finish()
+    assert asked.code == 1 and asked.stderr.count("was started with 4 rows a step, this command makes 8") == 1, asked.stderr
