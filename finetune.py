@@ -38,8 +38,8 @@ def main() -> int:
 def train(options: Options, previous: dict | None, started: float) -> int:
     import torch
 
-    from falcon_finetune.checkpoints import checkpoint_to_resume
-    from falcon_finetune.data import prepare_data
+    from falcon_finetune.checkpoints import check_same_data, checkpoint_to_resume
+    from falcon_finetune.data import prepare_data, rows_digest
     from falcon_finetune.family import find_model, load_tokenizer, weight_files
     from falcon_finetune.lora import add_lora
     from falcon_finetune.memory import c_compiler, choose_plan
@@ -64,6 +64,8 @@ def train(options: Options, previous: dict | None, started: float) -> int:
         options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings,
         eval_fraction=options.eval_fraction, seed=options.seed, first_rank_context=state.main_process_first))
     say(data.report.summary())
+    data_sha256 = rows_digest(data.train)
+    on_every_rank(state, lambda: check_same_data(resume_from, previous, data_sha256))
 
     # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
@@ -82,6 +84,8 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     # 5. Train.
     steps = options.total_steps(len(data.train), state.num_processes)
     record = start_record(options, base, data, census, dtype, plan, steps, trainable, state.num_processes, device, started, tokenizer)
+    record["data_sha256"], record["resumed_from"] = data_sha256, resume_from and Path(resume_from).name
+    open_record(record)
     say_derived(record, plan)
     trainer = FalconTrainer(model=model, options=options, device=device, micro_batch_tokens=plan.micro_batch_tokens, steps=steps,
                             train_dataset=data.train, eval_dataset=data.eval, tokenizer=tokenizer, callbacks=[ProgressLine(record)])
@@ -149,12 +153,11 @@ def check_reporting(options: Options) -> None:
 
 
 def start_record(options, base, data, census, dtype, plan, steps, trainable, world_size, device, started, tokenizer) -> dict:
-    """run.json as it stands at the start; written by the first rank."""
-    from falcon_finetune.console import is_first_rank
-    from falcon_finetune.run_record import device_name, source_commit, versions, write_run
+    """What run.json says at the start."""
+    from falcon_finetune.run_record import device_name, source_commit, versions
 
     embedded = base.folder is None and base.random_seed is not None
-    record = {
+    return {
         "status": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)), "command": shlex.join(sys.argv),
         "options": options.to_dict(), "base_model": base.identity, "revision": base.revision,
         "tokenizer": "embedded byte-level" if embedded else type(tokenizer).__name__,
@@ -166,16 +169,24 @@ def start_record(options, base, data, census, dtype, plan, steps, trainable, wor
         "peak_memory_gib": None, "peak_reserved_gib": None, "samples_per_second": None, "tokens_per_second": None,
         "step_seconds": [], "losses": [], "eval_loss": None,
     }
-    if is_first_rank():
-        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
-        write_run(Path(options.output_dir), record)
-        if options.report_to == "wandb":
-            import wandb
 
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "falcon-finetune"), name=Path(options.output_dir).name, dir=options.output_dir,
-                       config={key: record[key] for key in ("options", "base_model", "quantize_mode", "quantized_layers", "effective_batch_size", "versions")},
-                       settings=wandb.Settings(silent=True))
-    return record
+
+def open_record(record: dict) -> None:
+    """Makes the run directory and writes run.json into it, on the first rank; opens the wandb run."""
+    from falcon_finetune.console import is_first_rank
+    from falcon_finetune.run_record import write_run
+
+    if not is_first_rank():
+        return
+    folder = Path(record["options"]["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_run(folder, record)
+    if record["options"]["report_to"] == "wandb":
+        import wandb
+
+        wandb.init(project=os.environ.get("WANDB_PROJECT", "falcon-finetune"), name=folder.name, dir=folder,
+                   config={key: record[key] for key in ("options", "base_model", "quantize_mode", "quantized_layers", "effective_batch_size", "versions")},
+                   settings=wandb.Settings(silent=True))
 
 
 def say_derived(record: dict, plan) -> None:
@@ -183,6 +194,8 @@ def say_derived(record: dict, plan) -> None:
     options, data = record["options"], record["data"]
     rows = record["effective_batch_size"]
     tokens = rows * data["tokens"] / max(data["rows_kept"], 1)
+    if record["resumed_from"]:
+        say(f"continuing from {record['resumed_from']}: step {record['resumed_from'].split('-')[-1]} of {record['steps']}")
     say(f"{rows} rows a step ({options['batch_size_per_device']} x {options['gradient_accumulation_steps']} accumulation x {record['world_size']} ranks), "
         f"about {tokens:,.0f} tokens; {record['steps']} steps = {record['steps'] * rows / max(data['rows_kept'] - data['rows_eval'], 1):.2f} epochs; "
         f"{record['trainable_parameters'] / 1e6:.1f} M trainable parameters")

@@ -12,6 +12,16 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def check_same_data(resume_from: str | None, previous: dict | None, data_sha256: str) -> None:
+    """Refuses to continue on other rows than the run was started with.
+
+    Raises:
+        UserError: the rows that came out of the same -d differ.
+    """
+    if resume_from is not None and previous is not None and previous.get("data_sha256") not in (None, data_sha256):
+        raise UserError(f"the rows of {previous['options']['dataset_name']} have changed since this run was started", "restore them, or start another run with -o")
+
+
 def checkpoint_to_resume(options: Options, previous: dict | None, world_size: int) -> str | None:
     """The checkpoint that this run continues from: the one asked for, else the newest of the same run, else none.
 

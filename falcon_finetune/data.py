@@ -348,3 +348,14 @@ def _nothing_left(name: str, encoded: Dataset, max_length: int) -> UserError:
     p95 = int(np.percentile(_numbers(encoded, "prompt_tokens"), 95, method="nearest"))
     return UserError(f"{name} has no row with a learnt token at --max_length {max_length}: {counted} (p95 prompt: {p95} tokens)",
                      f"raise --max_length above {max(p95, max_length)}, by as much as an answer needs")
+
+
+def rows_digest(rows: Dataset) -> str:
+    """SHA-256 of the token ids and labels of the rows in their order: what a continued run must find unchanged."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        for column in ("input_ids", "labels"):
+            values = batch.column(column).combine_chunks()
+            digest.update(np.asarray(values.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(values.flatten(), dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -240,6 +241,8 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     arguments = sys.argv[1:] if arguments is None else arguments
     namespace = build_parser().parse_strictly(arguments)
     values = vars(namespace)
+    if values["model_name"].startswith("tiny") and values["model_name"] not in ("tiny-7b-style", "tiny-40b-style") and not os.path.isdir(values["model_name"]):
+        raise UserError(f"model {values['model_name']!r} is none of the tiny models and no folder here", "did you mean tiny-7b-style or tiny-40b-style?")
     if values["dataset_name"] is None:
         values["dataset_name"] = values["model_name"] if values["model_name"] in ("tiny-7b-style", "tiny-40b-style") else DEFAULT_DATASET
     if values["eval_steps"] and not values["eval_fraction"]:

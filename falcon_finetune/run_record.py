@@ -106,6 +106,7 @@ def plot_losses(folder: Path, losses: list[float], eval_losses: list[tuple[int, 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     steps = range(1, len(losses) + 1)
@@ -116,6 +117,7 @@ def plot_losses(folder: Path, losses: list[float], eval_losses: list[tuple[int, 
         axes.plot(steps, means, color="#1f4e79", linewidth=2, label=f"mean of {window} steps")
     if eval_losses:
         axes.plot(*zip(*eval_losses), color="#c0504d", marker="o", linewidth=1.5, label="held-out rows")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross entropy, nats per learnt token")
     axes.set_title(title, fontsize=10)
@@ -151,9 +153,16 @@ def write_model_card(folder: Path, record: dict) -> None:
         f"| code | commit {record['commit'] or 'unknown'}; " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) + " |",
         "", "![loss](loss.png)", "", "## Use", "", "```python", "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
         'model = AutoPeftModelForCausalLM.from_pretrained("PATH/OF/THIS/FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("PATH/OF/THIS/FOLDER")', "```", "",
-        f"Prompts are built as `{record['template'].get('prompt', '{text}')!r}`. Every setting stands in `run.json`.", "",
+        f"Prompts were built like this: {_shown_prompt(record['template'])}. Every setting stands in `run.json`.", "",
     ]
     write_complete(Path(folder) / "README.md", "\n".join(head + body))
+
+
+def _shown_prompt(template: dict) -> str:
+    forms = [template[name] for name in ("prompt", "prompt_with_input") if isinstance(template.get(name), str)]
+    if not forms or forms == ["{prompt}"]:
+        return "the text as the row has it"
+    return ", or ".join(f"`{form!r}`" for form in forms)
 
 
 def device_name(device) -> str:

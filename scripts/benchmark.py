@@ -34,6 +34,10 @@ def main() -> int:
     if arguments.table:
         print(table(read_results(arguments.results)))
         return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("the benchmark builds Falcons of full size and needs an NVIDIA GPU", "see it work on a CPU first: bash scripts/quickstart.sh")
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or str(write_rows(Path(scratch) / f"{arguments.rows}.jsonl", arguments.rows, arguments.length))
         for model in arguments.model:
@@ -171,7 +175,8 @@ def read_results(path: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The results as Markdown, in the order they were taken."""
+    """The newest result of each cell as Markdown; the older ones stay in the file."""
+    rows = list({(row["model"], row["quantize_mode"], row["rows"], row["length"], row["gpus"], row.get("recipe")): row for row in rows}.values())
     lines = ["| model | base | rows | GPUs | samples/s | tokens/s | peak GiB (reserved) | TFLOP/s (share of matmul) | layers | loss | card, date, commit |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:

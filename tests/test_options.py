@@ -10,7 +10,7 @@ from falcon_finetune.options import DEFAULT_DATASET, UserError, parse_options
     [
         ([], DEFAULT_DATASET),
         (["-m", "tiny-7b-style"], "tiny-7b-style"),
-        (["-m", "tiny-of-my-own"], DEFAULT_DATASET),
+        (["-m", "./tiny-of-my-own"], DEFAULT_DATASET),
         (["-m", "tiny-7b-style", "-d", DEFAULT_DATASET], DEFAULT_DATASET),
     ],
 )
@@ -31,6 +31,7 @@ def test_rows_a_step_and_steps_of_an_epoch():
         (["--warmup_steps", "100", "-s", "10"], "never reach"),
         (["--lerning_rate", "1"], "unknown flag"),
         (["--batch", "1"], "unknown flag"),
+        (["-m", "tiny-7b-styl"], "none of the tiny models"),
         (["--seed", "1", "--seed", "2"], "twice"),
         (["-b", "-1"], "at least 1"),
         (["--learning_rate", "-1e-4"], "above 0"),

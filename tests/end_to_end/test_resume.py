@@ -94,3 +94,19 @@ def test_another_number_of_rows_a_step_does_not_continue(shop, flags, undisturbe
     (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
     asked = shop.finetune(*flags, to=folder.name, ranks=2).finish()
     assert asked.code == 1 and asked.stderr.count("was started with 4 rows a step, this command makes 8") == 1, asked.stderr
+
+
+def test_changed_rows_do_not_continue(shop, falcon, questions, undisturbed):
+    folder, mine = shop.folder / "changed", shop.folder / "changing.jsonl"
+    shutil.copy(questions, mine)
+    flags = ("-m", falcon("40b"), "-d", mine, *FLAGS)
+    shutil.copytree(undisturbed.run_dir, folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["options"]["dataset_name"] = str(mine)
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    mine.write_text(mine.read_text().replace("horse", "mouse"))
+    asked = shop.finetune(*flags, to=folder.name).finish()
+    assert asked.code == 2 and "have changed since this run was started" in asked.stderr, asked.stderr
+    shutil.copy(questions, mine)
+    continued = shop.train(*flags, to=folder.name)
+    assert f"continuing from checkpoint-{STEPS}" in continued.stderr and continued.record["resumed_from"] == f"checkpoint-{STEPS}"
