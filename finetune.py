@@ -36,13 +36,11 @@ def main() -> int:
 
 
 def train(options: Options, previous: dict | None, started: float) -> int:
-    import torch
-
     from falcon_finetune.checkpoints import check_same_data, checkpoint_to_resume
     from falcon_finetune.data import prepare_data, rows_digest
     from falcon_finetune.family import find_model, load_tokenizer, weight_files
     from falcon_finetune.lora import add_lora
-    from falcon_finetune.memory import c_compiler, choose_plan
+    from falcon_finetune.memory import choose_plan
     from falcon_finetune.packed_falcon import ForwardPlan, PackedFalcon
     from falcon_finetune.quantization import check_backend, load_base, pick_compute_dtype, visible_device
     from falcon_finetune.training import FalconTrainer, ProgressLine
@@ -50,9 +48,6 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     # 1. Where: one device per process, known before anything is loaded.
     device = visible_device(int(os.environ.get("LOCAL_RANK", "0")))
     state = start_processes(device)
-    if state.num_processes == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
-        say(f"this machine has {torch.cuda.device_count()} GPUs; training on GPU 0 alone. To use all of them:\n"
-            f"  torchrun --nnodes 1 --nproc_per_node {torch.cuda.device_count()} {shlex.join(sys.argv)}")
     dtype, why = on_every_rank(state, lambda: (check_backend(options.quantize_mode, device), pick_compute_dtype(options.compute_dtype, device))[1])
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
@@ -77,8 +72,6 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     model = add_lora(model, options, base.identity)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan = on_every_rank(state, lambda: choose_plan(options, base.config, device, dtype, trainable, data.report.longest_row_tokens))
-    if device.type == "cuda" and c_compiler() is None:
-        say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
     model.base_model.model.prepare_packed(ForwardPlan(dtype, recompute=plan.recompute, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
 
     # 5. Train.
@@ -95,9 +88,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     # 6. The run directory.
     record["seconds_to_first_step"] = None if trainer.first_step_ended is None else round(trainer.first_step_ended - started, 1)
     finish_record(record, trainer, eval_loss, started)
-    state.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_processes(state)
     return 0
 
 
@@ -124,10 +115,22 @@ def on_every_rank(state, act, turns=None):
 def start_processes(device):
     """accelerate's view of the ranks. Its time-out is for the first rank's downloads and tokenising, which the others wait for: the library's
     own ten minutes would end a run in the middle of an 80 GB download."""
+    import torch
     from accelerate import PartialState
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks, cards = int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count() if device.type == "cuda" else 0
+    if ranks == 1 and cards > 1:
+        say(f"this machine has {cards} GPUs; training on GPU 0 alone. To use all of them:\n"
+            f"  torchrun --nnodes 1 --nproc_per_node {cards} {shlex.join(sys.argv)}")
     return PartialState(cpu=device.type == "cpu", **({"timeout": timedelta(hours=12)} if ranks > 1 else {}))
+
+
+def end_processes(state) -> None:
+    import torch.distributed as dist
+
+    state.wait_for_everyone()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_launch() -> None:
@@ -191,6 +194,8 @@ def open_record(record: dict) -> None:
 
 def say_derived(record: dict, plan) -> None:
     """The numbers that follow from the flags, before step 1."""
+    from falcon_finetune.memory import c_compiler
+
     options, data = record["options"], record["data"]
     rows = record["effective_batch_size"]
     tokens = rows * data["tokens"] / max(data["rows_kept"], 1)
@@ -200,6 +205,8 @@ def say_derived(record: dict, plan) -> None:
         f"about {tokens:,.0f} tokens; {record['steps']} steps = {record['steps'] * rows / max(data['rows_kept'] - data['rows_eval'], 1):.2f} epochs; "
         f"{record['trainable_parameters'] / 1e6:.1f} M trainable parameters")
     say(plan.line())
+    if record["device"][:3] != "CPU" and c_compiler() is None:
+        say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
 
 
 def finish_record(record: dict, trainer, eval_loss: float | None, started: float) -> None:

@@ -186,6 +186,27 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--eval_steps", type=_whole(0), default=0, metavar="STEPS",
                       help="optimizer steps between evaluations, 0 for one at the end (%(default)s)")
 
+    _add_training_flags(parser)
+
+    run = parser.add_argument_group("run directory")
+    run.add_argument("-o", "--output_dir", metavar="FOLDER", help="run directory (results/<model>-<mode>-<dataset>)")
+    run.add_argument("--checkpoint_steps", type=_whole(0), default=0, metavar="STEPS",
+                     help="optimizer steps between checkpoints, 0 for none (%(default)s, 2023 had none)")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="STEP",
+                     help="continue from the newest checkpoint of the run directory, or from that step or folder (off)")
+    run.add_argument("--report_to", default="none", choices=("none", "wandb", "tensorboard"), help="where metrics go besides run.json (%(default)s)")
+
+    speed = parser.add_argument_group("speed and memory (chosen from the card, the model and the batch; never changes what is learnt)")
+    speed.add_argument("--micro_batch_tokens", type=_whole(1), metavar="TOKENS",
+                       help="tokens that pass through the model at once (auto)")
+    speed.add_argument("--recompute", default="auto", choices=("auto", "none", "full"),
+                       help="activations of a layer recomputed in the backward pass (%(default)s; 2023 had full)")
+    speed.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
+                       help="torch.compile of each decoder layer: auto is on with a GPU and a C compiler (%(default)s)")
+    return parser
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     length.add_argument("-s", "--steps", type=_whole(1), default=50, metavar="STEPS", help="optimizer steps (%(default)s, 2023)")
@@ -206,23 +227,6 @@ def build_parser() -> argparse.ArgumentParser:
                           help="dropout on the input of LoRA (%(default)s, 2023)")
     training.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, metavar="N",
                           help="adapter weights, dropout, order of rows (%(default)s; 2023 had none)")
-
-    run = parser.add_argument_group("run directory")
-    run.add_argument("-o", "--output_dir", metavar="FOLDER", help="run directory (results/<model>-<mode>-<dataset>)")
-    run.add_argument("--checkpoint_steps", type=_whole(0), default=0, metavar="STEPS",
-                     help="optimizer steps between checkpoints, 0 for none (%(default)s, 2023 had none)")
-    run.add_argument("--resume", nargs="?", const="auto", metavar="STEP",
-                     help="continue from the newest checkpoint of the run directory, or from that step or folder (off)")
-    run.add_argument("--report_to", default="none", choices=("none", "wandb", "tensorboard"), help="where metrics go besides run.json (%(default)s)")
-
-    speed = parser.add_argument_group("speed and memory (chosen from the card, the model and the batch; never changes what is learnt)")
-    speed.add_argument("--micro_batch_tokens", type=_whole(1), metavar="TOKENS",
-                       help="tokens that pass through the model at once (auto)")
-    speed.add_argument("--recompute", default="auto", choices=("auto", "none", "full"),
-                       help="activations of a layer recomputed in the backward pass (%(default)s; 2023 had full)")
-    speed.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
-                       help="torch.compile of each decoder layer: auto is on with a GPU and a C compiler (%(default)s)")
-    return parser
 
 
 def slug(name: str) -> str:
