@@ -194,7 +194,7 @@ def open_record(record: dict) -> None:
 
 def say_derived(record: dict, plan) -> None:
     """The numbers that follow from the flags, before step 1."""
-    from falcon_finetune.memory import c_compiler
+    from falcon_finetune.quantization import c_compiler
 
     options, data = record["options"], record["data"]
     rows = record["effective_batch_size"]
@@ -206,7 +206,7 @@ def say_derived(record: dict, plan) -> None:
         f"{record['trainable_parameters'] / 1e6:.1f} M trainable parameters")
     say(plan.line())
     if record["device"][:3] != "CPU" and c_compiler() is None:
-        say("no C compiler: torch.compile is off, which costs about a third of the speed (apt-get install gcc)")
+        say("no C compiler: torch.compile and the kernels of this suite are off, and the run is much slower (apt-get install gcc)")
 
 
 def finish_record(record: dict, trainer, eval_loss: float | None, started: float) -> None:

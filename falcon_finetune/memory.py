@@ -4,14 +4,13 @@ The estimate counts bytes a token leaves behind in each decoder layer (h = hidde
 residual 4h, each norm's output 2h, query, key, value and attention output about 2.2 x 2h, MLP before and after its activation 8h + 8h.
 """
 
-import os
-import shutil
 from dataclasses import asdict, dataclass
 
 import torch
 
 from falcon_finetune.console import say
 from falcon_finetune.options import Options, UserError
+from falcon_finetune.quantization import c_compiler
 
 RESERVE_GIB = 1.5  # CUDA context, cuBLAS workspaces, fragments
 IDLE_GIB = 16  # left free beside a 16-bit copy of the base, which only saves its dequantisation (about 2 % of a step)
@@ -118,8 +117,3 @@ def _compile_works(choice: str, device: torch.device) -> bool:
     if choice != "auto":
         return choice == "on"
     return device.type == "cuda" and c_compiler() is not None
-
-
-def c_compiler() -> str | None:
-    """The C compiler that torch.compile would use."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")

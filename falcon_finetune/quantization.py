@@ -7,6 +7,7 @@ the replacement really did. Remove the loader when `from_pretrained(quantization
 
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,19 @@ from falcon_finetune.console import say
 from falcon_finetune.family import LORA_TARGETS, BaseModel, weight_files
 from falcon_finetune.options import UserError
 
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton and torch.compile build their launchers with."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 try:
     from falcon_finetune import kernels
 except ImportError:  # CPU builds of torch come without Triton
     kernels = None
+if c_compiler() is None:
+    kernels = None  # Triton would fail at its first launch; the plain twins serve, and finetune.py says what that costs
 
 STORED_AS = {"4bit": "nf4", "8bit": "int8", "16bit": "bf16"}
 

@@ -68,7 +68,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="(benchmarks/results.jsonl)")
     parser.add_argument("--no_matmul", action="store_true", help="leave out the matmul measurement (5 s a model)")
     parser.add_argument("--table", action="store_true", help="print the table of the results file and stop")
-    return parser.parse_args(ours), extra
+    arguments = parser.parse_args(ours)
+    if arguments.steps < 5:
+        raise UserError(f"--steps {arguments.steps}: the first 3 steps are left out of the figures", "take at least 5")
+    return arguments, extra
 
 
 def write_rows(path: Path, kind: str, length: int, count: int = 4000) -> Path:
@@ -83,6 +86,8 @@ def write_rows(path: Path, kind: str, length: int, count: int = 4000) -> Path:
 
 def run_cell(model: str, mode: str, data: str, arguments: argparse.Namespace, extra: list[str], scratch: Path) -> dict:
     """One run of finetune.py in its own process; the row that it leaves, whether it ended well or not."""
+    from falcon_finetune.run_record import source_commit
+
     run_dir = scratch / f"{model}-{mode}-{time.time_ns()}"
     flags = ["-m", model, "--random_weights", "-q", mode, "-s", str(arguments.steps), "--max_length", str(arguments.length), *extra]
     launcher = [sys.executable] if arguments.gpus == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.gpus)]
@@ -95,7 +100,7 @@ def run_cell(model: str, mode: str, data: str, arguments: argparse.Namespace, ex
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.strip()]
         cause = next((line for line in reversed(lines) if "Error" in line or line.startswith("error:")), lines[-1] if lines else "")
-        return row | {"status": "failed", "exit_code": ended.returncode, "cause": cause.strip()[:300]}
+        return row | {"status": "failed", "commit": source_commit(), "exit_code": ended.returncode, "cause": cause.strip()[:300]}
     record = json.loads((run_dir / "run.json").read_text())
     return row | {"status": "finished"} | measured(record)
 
@@ -119,7 +124,7 @@ def measured(record: dict) -> dict:
 
 def flops_per_token(record: dict) -> float:
     """Arithmetic that the step needs, recomputation not counted: 4 N for the frozen decoder (forward, and the gradient of its inputs), 6 a
-    weight of LoRA, 4 a weight of the head, and 6 x row length x hidden a layer for causal attention."""
+    weight of LoRA, 4 a weight of the head and learnt token, and 6 x row length x hidden a layer for causal attention."""
     from transformers import FalconConfig
 
     from falcon_finetune.family import SIZES, size_of
@@ -128,23 +133,26 @@ def flops_per_token(record: dict) -> float:
     config = FalconConfig(**SIZES[size_of(record["options"]["model_name"])])
     length = record["data"]["tokens"] / record["data"]["rows_kept"]
     attention = 6 * length * config.hidden_size * config.num_hidden_layers
-    return 4 * decoder_weights(config) + 6 * record["trainable_parameters"] + 4 * config.hidden_size * config.vocab_size + attention
+    head = 4 * config.hidden_size * config.vocab_size * record["data"]["learnt_tokens"] / record["data"]["tokens"]  # only learnt positions are scored
+    return 4 * decoder_weights(config) + 6 * record["trainable_parameters"] + head + attention
 
 
 def sustained_matmul(model: str) -> float | None:
     """TFLOP/s of bf16 products at the four shapes of a decoder layer, 8,192 tokens, kept up for 5 s in a process of its own."""
     code = f"from scripts.benchmark import matmul_rate; print(matmul_rate({model!r}))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return float(ended.stdout.split()[-1]) if ended.returncode == 0 and ended.stdout.strip() != "None" else None
+    if ended.returncode:
+        say(f"the matmul rate could not be measured: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        return None
+    return float(ended.stdout.split()[-1])
 
 
-def matmul_rate(model: str) -> float | None:
+def matmul_rate(model: str) -> float:
+    """What `sustained_matmul` runs in its own process."""
     import torch
 
     from falcon_finetune.family import SIZES, size_of
 
-    if not torch.cuda.is_available():
-        return None
     sizes = SIZES[size_of(model)]
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     fused = hidden + 2 * (sizes.get("num_kv_heads") or 1) * (hidden // heads)

@@ -101,11 +101,12 @@ def test_operator_passes_torchs_own_checks(mode, dropout):
     module = adapted_linears(adapted_tiny("rw", mode))[0][1]
     linear, tokens, x = LoraLinear(module, 0), token_keys(TOKENS), random_input(module.in_features)
     forward = (x, linear.frozen, linear.bias, linear.a, linear.b, tokens, linear.features, linear.scale, dropout)
-    torch.library.opcheck(lora_linear_op, forward)
+    assert set(torch.library.opcheck(lora_linear_op, forward).values()) == {"SUCCESS"}
     with torch.no_grad():
         y, u = lora_linear_op(*forward)
         backward = (torch.ones_like(y), x, u, linear.frozen, linear.a, linear.b, tokens, linear.features, linear.scale, dropout)
-        torch.library.opcheck(lora_linear_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
+        checks = torch.library.opcheck(lora_linear_backward_op, backward, test_utils=("test_schema", "test_faketensor"))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def test_operator_in_16_bits_keeps_float32_gradients_of_the_adapters():

@@ -381,3 +381,18 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_pat
     write_shards(tmp_path, state, "safetensors", 1)
     with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
         load_base(stored_base(tmp_path, config), "4bit", CPU)
+
+
+def test_without_a_c_compiler_there_are_no_kernels(tmp_path):
+    """Triton builds its launchers with gcc or clang: without one the plain twins must serve, not a crash at the first launch."""
+    code = "from falcon_finetune import quantization as q; print(q.c_compiler(), q.kernels)"
+    environment = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(tmp_path)}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert shown.stdout.split() == ["None", "None"], shown.stderr
+
+
+def test_the_warning_of_a_lost_gradient_is_shown_and_noise_is_not():
+    code = ("import warnings; from falcon_finetune.console import quiet_the_stack; quiet_the_stack(); warnings.warn('noise'); "
+            "warnings.warn('bitsandbytes::gemv_4bit: an autograd kernel was not registered to the Autograd key(s)')")
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and "an autograd kernel was not registered" in shown.stderr and "noise" not in shown.stderr.replace("warn('noise')", "")
