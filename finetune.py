@@ -32,6 +32,8 @@ def main() -> int:
         return 0
     check_reporting(options)
     quiet_the_stack()
+    # Before torch is imported: rows of changing length would otherwise leave the card's memory in pieces that nothing fits into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return train(options, previous, started)
 
 
@@ -40,7 +42,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     from falcon_finetune.data import prepare_data, rows_digest
     from falcon_finetune.family import find_model, load_tokenizer, weight_files
     from falcon_finetune.lora import add_lora
-    from falcon_finetune.memory import choose_plan
+    from falcon_finetune.memory import choose_plan, limit_memory
     from falcon_finetune.packed_falcon import ForwardPlan, PackedFalcon
     from falcon_finetune.quantization import check_backend, load_base, pick_compute_dtype, visible_device
     from falcon_finetune.training import FalconTrainer, ProgressLine
@@ -48,7 +50,8 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     # 1. Where: one device per process, known before anything is loaded.
     device = visible_device(int(os.environ.get("LOCAL_RANK", "0")))
     state = start_processes(device)
-    dtype, why = on_every_rank(state, lambda: (check_backend(options.quantize_mode, device), pick_compute_dtype(options.compute_dtype, device))[1])
+    on_every_rank(state, lambda: (limit_memory(device, options.gpu_memory_gib), check_backend(options.quantize_mode, device)))
+    dtype, why = on_every_rank(state, lambda: pick_compute_dtype(options.compute_dtype, device))
 
     # 2. What: the base's config, its tokenizer and the data. No weight is loaded yet, so bad input costs seconds.
     resume_from = on_every_rank(state, lambda: checkpoint_to_resume(options, previous, state.num_processes))
@@ -62,30 +65,33 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     data_sha256 = rows_digest(data.train)
     on_every_rank(state, lambda: check_same_data(resume_from, previous, data_sha256))
 
-    # 3. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
+    # 3. How a step will be carried out on this device, and whether it fits at all.
+    plan = on_every_rank(state, lambda: choose_plan(options, base.config, device, dtype, data.report.longest_row_tokens, state.num_processes))
+    say(plan.line())
+
+    # 4. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
         on_every_rank(state, lambda: weight_files(base), state.local_main_process_first())  # one download a node
     model, census = on_every_rank(state, lambda: load_base(base, options.quantize_mode, device, PackedFalcon))
     say(f"{base.identity}: {census.line()}; {why}")
 
-    # 4. LoRA in float32 on every decoder linear, and how a step will be carried out on this device.
+    # 5. LoRA in float32 on every decoder linear.
     model = add_lora(model, options, base.identity)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    plan = on_every_rank(state, lambda: choose_plan(options, base.config, device, dtype, trainable, data.report.longest_row_tokens))
-    model.base_model.model.prepare_packed(ForwardPlan(dtype, recompute=plan.recompute, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
+    model.base_model.model.prepare_packed(ForwardPlan(dtype, recomputed_layers=plan.recomputed_layers, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
 
-    # 5. Train.
+    # 6. Train.
     steps = options.total_steps(len(data.train), state.num_processes)
     record = start_record(options, base, data, census, dtype, plan, steps, trainable, state.num_processes, device, started, tokenizer)
     record["data_sha256"], record["resumed_from"] = data_sha256, resume_from and Path(resume_from).name
     open_record(record)
-    say_derived(record, plan)
+    say_derived(record)
     trainer = FalconTrainer(model=model, options=options, device=device, micro_batch_tokens=plan.micro_batch_tokens, steps=steps,
                             train_dataset=data.train, eval_dataset=data.eval, tokenizer=tokenizer, callbacks=[ProgressLine(record)])
     trainer.train(resume_from_checkpoint=resume_from)
     eval_loss = trainer.evaluate()["eval_loss"] if data.eval is not None else None
 
-    # 6. The run directory.
+    # 7. The run directory.
     record["seconds_to_first_step"] = None if trainer.first_step_ended is None else round(trainer.first_step_ended - started, 1)
     finish_record(record, trainer, eval_loss, started)
     end_processes(state)
@@ -192,7 +198,7 @@ def open_record(record: dict) -> None:
                    settings=wandb.Settings(silent=True))
 
 
-def say_derived(record: dict, plan) -> None:
+def say_derived(record: dict) -> None:
     """The numbers that follow from the flags, before step 1."""
     from falcon_finetune.quantization import c_compiler
 
@@ -204,7 +210,6 @@ def say_derived(record: dict, plan) -> None:
     say(f"{rows} rows a step ({options['batch_size_per_device']} x {options['gradient_accumulation_steps']} accumulation x {record['world_size']} ranks), "
         f"about {tokens:,.0f} tokens; {record['steps']} steps = {record['steps'] * rows / max(data['rows_kept'] - data['rows_eval'], 1):.2f} epochs; "
         f"{record['trainable_parameters'] / 1e6:.1f} M trainable parameters")
-    say(plan.line())
     if record["device"][:3] != "CPU" and c_compiler() is None:
         say("no C compiler: torch.compile and the kernels of this suite are off, and the run is much slower (apt-get install gcc)")
 

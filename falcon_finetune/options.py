@@ -61,6 +61,7 @@ class Options:
     micro_batch_tokens: int | None
     recompute: str
     compile: str
+    gpu_memory_gib: float | None
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -203,6 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="activations of a layer recomputed in the backward pass (%(default)s; 2023 had full)")
     speed.add_argument("--compile", default="auto", choices=("auto", "on", "off"),
                        help="torch.compile of each decoder layer: auto is on with a GPU and a C compiler (%(default)s)")
+    speed.add_argument("--gpu_memory_gib", type=_real(0, low_open=True), metavar="GIB",
+                       help="use at most this much of each GPU, enforced; the settings above follow (all of it)")
     return parser
 
 

@@ -72,11 +72,11 @@ def pack_rows(rows: Sequence[dict], slots: Sequence[int] | None = None, multiple
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """How the forward pass is carried out; nothing here changes what is learnt."""
+    """How the forward pass is carried out; nothing here changes what is learnt. The first `recomputed_layers` layers keep only their input."""
 
     compute_dtype: torch.dtype = torch.bfloat16
     residual_dtype: torch.dtype = torch.float32
-    recompute: bool = False
+    recomputed_layers: int = 0
     compile: bool = False
     keep_16bit_copy: bool = False
 
@@ -117,9 +117,9 @@ class PackedFalcon(FalconForCausalLM):
         shape = hidden.shape
         if plan.compile:  # whole blocks: torch.compile then knows that any T is a multiple of TOKEN_BLOCK
             hidden, cos, sin, tokens = (x if x is None else x.unflatten(0, (-1, TOKEN_BLOCK)) for x in (hidden, cos, sin, tokens))
-        for layer in self.packed_layers:
+        for index, layer in enumerate(self.packed_layers):
             arguments = (layer, hidden, cos, sin, slopes, tokens, rows.bounds, plan.compute_dtype, self.training)
-            if plan.recompute and torch.is_grad_enabled():
+            if index < plan.recomputed_layers and torch.is_grad_enabled():
                 hidden = checkpoint(self.layer_forward, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self.layer_forward(*arguments)

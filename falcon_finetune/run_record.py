@@ -14,7 +14,7 @@ from falcon_finetune.options import Options, UserError
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 # Settings that say how a run is carried out; the same run may change them between a start and its continuation.
-CARRIED_OUT_BY = ("output_dir", "resume", "report_to", "micro_batch_tokens", "recompute", "compile", "checkpoint_steps")
+CARRIED_OUT_BY = ("output_dir", "resume", "report_to", "micro_batch_tokens", "recompute", "compile", "gpu_memory_gib", "checkpoint_steps")
 
 
 def write_complete(path: Path, text: str) -> None:

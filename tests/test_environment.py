@@ -38,7 +38,7 @@ FLAGS = {
     "--learning_rate", "--lr_scheduler_type", "--warmup_steps", "--max_grad_norm",
     "--lora_r", "--lora_alpha", "--lora_dropout", "--seed",
     "-o", "--output_dir", "--checkpoint_steps", "--resume", "--report_to",
-    "--micro_batch_tokens", "--recompute", "--compile",
+    "--micro_batch_tokens", "--recompute", "--compile", "--gpu_memory_gib",
 }
 
 

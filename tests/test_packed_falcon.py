@@ -134,12 +134,13 @@ def test_alibi_slopes_are_transformers_own(heads):
 def test_recompute_changes_no_bit(architecture, dtype):
     rows = random_rows(LENGTHS)
     results = []
-    for recompute in (False, True):
-        model = adapted_tiny(architecture, "4bit", "--lora_dropout", "0.1", plan=ForwardPlan(dtype, recompute=recompute))
+    for recomputed_layers in (0, 1, 2):  # none, some, all
+        model = adapted_tiny(architecture, "4bit", "--lora_dropout", "0.1", plan=ForwardPlan(dtype, recomputed_layers=recomputed_layers))
         results.append(packed_gradients(model, [pack_rows(rows)], dropout_key=7))
-    (loss, gradients), (again, same) = results
-    assert loss == again
-    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    (loss, gradients), *others = results
+    for again, same in others:
+        assert loss == again
+        assert all(torch.equal(gradients[name], same[name]) for name in gradients)
 
 
 @pytest.mark.parametrize("architecture", ("7b", "40b"))
