@@ -72,7 +72,7 @@ def train(options: Options, previous: dict | None, started: float) -> int:
     # 4. The frozen base, quantised as it streams onto device_map={"": state.local_process_index}, and counted.
     if base.random_seed is None:
         on_every_rank(state, lambda: weight_files(base), state.local_main_process_first())  # one download a node
-    model, census = on_every_rank(state, lambda: load_base(base, options.quantize_mode, device, PackedFalcon))
+    model, census = on_every_rank(state, lambda: load_base(base, options.quantize_mode, device, PackedFalcon, llm_int8=options.llm_int8))
     say(f"{base.identity}: {census.line()}; {why}")
 
     # 5. LoRA in float32 on every decoder linear.
@@ -171,13 +171,19 @@ def start_record(options, base, data, census, dtype, plan, steps, trainable, wor
         "options": options.to_dict(), "base_model": base.identity, "revision": base.revision,
         "tokenizer": "embedded byte-level" if embedded else type(tokenizer).__name__,
         "quantize_mode": options.quantize_mode, "target_layers": census.target_layers, "quantized_layers": census.quantized_layers if options.quantize_mode != "16bit" else 0,
-        "census": census.to_dict(), "compute_dtype": str(dtype).removeprefix("torch."), "arithmetic_8bit": f"int8 weights x {str(dtype).removeprefix('torch.')} compute" if options.quantize_mode == "8bit" else None,
+        "census": census.to_dict(), "compute_dtype": str(dtype).removeprefix("torch."), "arithmetic_8bit": arithmetic_8bit(options, dtype),
         "plan": plan.to_dict(), "world_size": world_size, "effective_batch_size": options.rows_per_step(world_size), "steps": steps,
         "trainable_parameters": trainable, "data": data.report.to_dict(), "template": data.template,
         "versions": versions(), "commit": source_commit(), "device": device_name(device),
         "peak_memory_gib": None, "peak_reserved_gib": None, "samples_per_second": None, "tokens_per_second": None,
         "step_seconds": [], "losses": [], "eval_loss": None,
     }
+
+
+def arithmetic_8bit(options, dtype) -> str | None:
+    if options.quantize_mode != "8bit":
+        return None
+    return "LLM.int8" if options.llm_int8 else f"int8 weights x {str(dtype).removeprefix('torch.')} compute"
 
 
 def open_record(record: dict) -> None:

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UPDATE_TILE = (64, 128, 4)  # rows, columns, warps
+# Tiles: measured on an H200 at 8,192 tokens, the widths of 7B and rank 64. Neighbouring programs share rows, so that grad_u stays in the cache.
+UPDATE_TILE = (64, 64, 4)  # rows, columns, warps
+GELU_TILE = (64, 128, 8)
+OUTER_TILE = (64, 128, 8)  # tokens, columns, warps
 MAX_RANK = 128  # a block of this rank still fits the registers; larger ranks take the plain twin
 
 
@@ -22,13 +25,24 @@ def _keep(token_keys, feature_keys, threshold):
 
 
 @triton.jit
+def _normal(x):
+    """(the standard normal distribution up to x, exp(-x^2 / 2)): Abramowitz and Stegun 7.1.26, 7e-8 off at most, a quarter of erf's price."""
+    bell = tl.exp2(-0.7213475204444817 * x * x)
+    t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(x))
+    tail = bell * t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return tl.where(x < 0.0, tail, 1.0 - tail), bell
+
+
+@triton.jit
 def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    below, _ = _normal(x)
+    return x * below
 
 
 @triton.jit
 def _gelu_slope(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    below, bell = _normal(x)
+    return below + x * bell * 0.3989422804014327
 
 
 @triton.jit
@@ -96,22 +110,22 @@ def _outer_kernel(x, grad_u, tokens, features, partial, T, K, R, stride_x, rows_
 def outer_dropped(grad_u: Tensor, x: Tensor, tokens: Tensor, features: Tensor, threshold: int, keep: float, *, gelu: bool = False) -> Tensor:
     """grad_u' drop(x), or grad_u' drop(gelu(x)), summed over the tokens in float32 in a fixed order: grad_u [T, R], x [T, K] -> [R, K]."""
     count, width, rank = x.shape[0], x.shape[1], grad_u.shape[1]
-    block = 128
+    tokens_per_tile, block, warps = OUTER_TILE
     tiles = triton.cdiv(width, block)
-    splits = max(1, min(16, 396 // tiles, count // 256))
-    rows_per_split = triton.cdiv(triton.cdiv(count, splits), 64) * 64
+    splits = max(1, min(16, (792 if gelu else 396) // tiles, count // 256))  # programs for 132 multiprocessors: 6 or 3 each
+    rows_per_split = triton.cdiv(triton.cdiv(count, splits), tokens_per_tile) * tokens_per_tile
     splits = triton.cdiv(count, rows_per_split)
     partial = torch.empty(splits, rank, width, dtype=torch.float32, device=x.device)
     _outer_kernel[(tiles, splits)](x, grad_u, tokens, features, partial, count, width, rank, x.stride(0), rows_per_split, threshold, 1 / keep,
-                                   DROP=keep < 1, GELU=gelu, BT=64, BK=block, BR=_rank_block(rank), num_warps=4, num_stages=3)
+                                   DROP=keep < 1, GELU=gelu, BT=tokens_per_tile, BK=block, BR=_rank_block(rank), num_warps=warps, num_stages=3)
     return partial.sum(0) if splits > 1 else partial[0]
 
 
 @triton.jit
 def _update_kernel(grad_x, grad_u, a, tokens, features, T, K, R, stride_g, threshold, inverse_keep,
                    preactivation, DROP: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BK + tl.arange(0, BK)
+    columns = tl.program_id(0) * BK + tl.arange(0, BK)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
     inside, valid = rows < T, columns < K
     place = grad_x + rows[:, None].to(tl.int64) * stride_g + columns[None, :]
@@ -138,7 +152,7 @@ def add_dropped_update(grad_x: Tensor, grad_u: Tensor, a: Tensor, tokens: Tensor
     """
     count, width, rank = grad_x.shape[0], grad_x.shape[1], a.shape[0]
     rows, columns, warps = UPDATE_TILE
-    grid = (triton.cdiv(count, rows), triton.cdiv(width, columns))
+    grid = (triton.cdiv(width, columns), triton.cdiv(count, rows))
     _update_kernel[grid](grad_x, grad_u, a, tokens, features, count, width, rank, grad_x.stride(0), threshold, 1 / keep,
                          through_gelu, DROP=keep < 1, GELU=through_gelu is not None, BM=rows, BK=columns, BR=_rank_block(rank), num_warps=warps, num_stages=2)
 
@@ -183,7 +197,7 @@ def add_update_gelu_(up: Tensor, u: Tensor, b: Tensor) -> Tensor:
     """up += u b' in place, and gelu(up) in the same pass: up [T, K] contiguous, u [T, R], b [K, R], all bf16."""
     activated = torch.empty_like(up)
     count, width, rank = up.shape[0], up.shape[1], u.shape[1]
-    rows, columns, warps = UPDATE_TILE
+    rows, columns, warps = GELU_TILE
     _add_gelu_kernel[(triton.cdiv(count, rows), triton.cdiv(width, columns))](up, u, b, activated, count, width, rank, BM=rows, BK=columns,
                                                                               BR=_rank_block(rank), num_warps=warps, num_stages=2)
     return activated

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from falcon_finetune.family import LORA_TARGETS
 from falcon_finetune.options import Options
-from falcon_finetune.quantization import dequantize, frozen_tensors, kernels
+from falcon_finetune.quantization import dequantize, frozen_tensors, int8_product, int8_threshold, kernels
 
 ADAPTER = "default"
 
@@ -88,13 +88,14 @@ def drop(x: Tensor, tokens: Tensor, features: Tensor, dropout: float) -> Tensor:
 
 
 def _forward(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
-             scale: float, dropout: float, *, add: bool = True) -> tuple[Tensor, Tensor]:
-    """y = x W' + bias + scale * u b' (without the last term if not `add`), and u = drop(x) a'."""
+             scale: float, dropout: float, threshold: float, *, add: bool = True) -> tuple[Tensor, Tensor]:
+    """y = x W' + bias + scale * u b' (without the last term if not `add`), and u = drop(x) a'. threshold: of LLM.int8, 0 without it."""
     if _has_kernels(x, a):
         u = kernels.project_dropped(x, a.to(x.dtype), tokens, features, keep_threshold(dropout), 1 - dropout)
     else:
         u = F.linear(drop(x, tokens, features, dropout), a.to(x.dtype))
-    y = F.linear(x, dequantize(frozen, (b.shape[0], x.shape[1]), x.dtype), None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    y = int8_product(x, frozen, bias, threshold) if threshold else F.linear(x, dequantize(frozen, (b.shape[0], x.shape[1]), x.dtype), bias)
     return (y.addmm_(u, (b * scale).to(x.dtype).t()) if add else y), u
 
 
@@ -117,16 +118,18 @@ def _backward(grad: Tensor, x: Tensor, u: Tensor, frozen: Sequence[Tensor], a: T
 
 @torch.library.custom_op("falcon_finetune::lora_linear", mutates_args=())
 def lora_linear_op(x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None, a: Tensor, b: Tensor, tokens: Tensor, features: Tensor,
-                   scale: float, dropout: float) -> tuple[Tensor, Tensor]:
+                   scale: float, dropout: float, threshold: float) -> tuple[Tensor, Tensor]:
     """y = x W' + bias + scale * drop(x) A' B', and u = drop(x) A' for the backward pass.
 
-    x [T, in] in the compute dtype; frozen: the stored W [out, in]; a [r, in] and b [out, r] in float32; tokens int32 [T]; features int32 [in].
+    x [T, in] in the compute dtype; frozen: the stored W [out, in]; a [r, in] and b [out, r] in float32; tokens int32 [T]; features int32 [in];
+    threshold: above 0, x W' is computed by LLM.int8 with outliers from there on (the backward pass is the same: bitsandbytes' own
+    multiplies the gradient with the dequantised weight too).
     """
-    return _forward(x, frozen, bias, a, b, tokens, features, scale, dropout)
+    return _forward(x, frozen, bias, a, b, tokens, features, scale, dropout, threshold)
 
 
 @lora_linear_op.register_fake
-def _(x, frozen, bias, a, b, tokens, features, scale, dropout):
+def _(x, frozen, bias, a, b, tokens, features, scale, dropout, threshold):
     return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
@@ -143,7 +146,7 @@ def _(grad, x, u, frozen, a, b, tokens, features, scale, dropout):
 
 
 def _save_linear(ctx, inputs, output):
-    x, frozen, _, a, b, tokens, features, ctx.scale, ctx.dropout = inputs
+    x, frozen, _, a, b, tokens, features, ctx.scale, ctx.dropout, _ = inputs
     ctx.frozen_count = len(frozen)
     ctx.save_for_backward(x, output[1], a, b, tokens, features, *frozen)
 
@@ -151,7 +154,7 @@ def _save_linear(ctx, inputs, output):
 def _linear_backward(ctx, grad_y, _grad_u):
     x, u, a, b, tokens, features, *frozen = ctx.saved_tensors
     grad_x, grad_a, grad_b = lora_linear_backward_op(grad_y, x, u, frozen, a, b, tokens, features, ctx.scale, ctx.dropout)
-    return grad_x, [None] * ctx.frozen_count, None, grad_a, grad_b, None, None, None, None
+    return grad_x, [None] * ctx.frozen_count, None, grad_a, grad_b, None, None, None, None, None
 
 
 lora_linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
@@ -160,20 +163,20 @@ lora_linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
 @torch.library.custom_op("falcon_finetune::lora_gelu_mlp", mutates_args=())
 def lora_gelu_mlp_op(x: Tensor, frozen: Sequence[Tensor], frozen_count: int, bias: Tensor | None, bias_out: Tensor | None, a: Tensor, b: Tensor,
                      a_out: Tensor, b_out: Tensor, tokens: Tensor, features: Tensor, features_out: Tensor, scale: float, scale_out: float,
-                     dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                     dropout: float, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two linears of a Falcon MLP with the gelu between them: y, the preactivation and both u.
 
     frozen: the stored weights of the first layer (`frozen_count` tensors), then of the second; the rest as in `lora_linear_op`.
     """
     together = _has_kernels(x, a)
-    up, u = _forward(x, frozen[:frozen_count], bias, a, b, tokens, features, scale, dropout, add=not together)
+    up, u = _forward(x, frozen[:frozen_count], bias, a, b, tokens, features, scale, dropout, threshold, add=not together)
     activated = kernels.add_update_gelu_(up, u, (b * scale).to(x.dtype)) if together else F.gelu(up)
-    y, u_out = _forward(activated, frozen[frozen_count:], bias_out, a_out, b_out, tokens, features_out, scale_out, dropout)
+    y, u_out = _forward(activated, frozen[frozen_count:], bias_out, a_out, b_out, tokens, features_out, scale_out, dropout, threshold)
     return y, up, u, u_out
 
 
 @lora_gelu_mlp_op.register_fake
-def _(x, frozen, frozen_count, bias, bias_out, a, b, a_out, b_out, tokens, features, features_out, scale, scale_out, dropout):
+def _(x, frozen, frozen_count, bias, bias_out, a, b, a_out, b_out, tokens, features, features_out, scale, scale_out, dropout, threshold):
     return tuple(x.new_empty(x.shape[0], width) for width in (b_out.shape[0], b.shape[0], a.shape[0], a_out.shape[0]))
 
 
@@ -193,7 +196,7 @@ def _(grad, x, up, u, u_out, frozen, frozen_count, a, b, a_out, b_out, tokens, f
 
 
 def _save_mlp(ctx, inputs, output):
-    x, frozen, ctx.frozen_count, _, _, a, b, a_out, b_out, tokens, features, features_out, *ctx.numbers = inputs
+    x, frozen, ctx.frozen_count, _, _, a, b, a_out, b_out, tokens, features, features_out, *ctx.numbers, _ = inputs
     ctx.stored_count = len(frozen)
     ctx.save_for_backward(x, *output[1:], a, b, a_out, b_out, tokens, features, features_out, *frozen)
 
@@ -202,7 +205,7 @@ def _mlp_backward(ctx, grad_y, *_):
     x, up, u, u_out, a, b, a_out, b_out, tokens, features, features_out, *frozen = ctx.saved_tensors
     grad_x, *grads = lora_gelu_mlp_backward_op(grad_y, x, up, u, u_out, frozen, ctx.frozen_count, a, b, a_out, b_out, tokens, features, features_out,
                                                *ctx.numbers)
-    return grad_x, [None] * ctx.stored_count, None, None, None, *grads, None, None, None, None, None, None
+    return grad_x, [None] * ctx.stored_count, None, None, None, *grads, None, None, None, None, None, None, None
 
 
 lora_gelu_mlp_op.register_autograd(_mlp_backward, setup_context=_save_mlp)
@@ -225,6 +228,7 @@ class LoraLinear:
     def __init__(self, module: nn.Module, stream: int):
         base = module.get_base_layer()
         self.frozen = frozen_tensors(base)
+        self.threshold = int8_threshold(base)
         self.bias = base.bias
         self.a = module.lora_A[ADAPTER].weight
         self.b = module.lora_B[ADAPTER].weight
@@ -233,10 +237,11 @@ class LoraLinear:
         self.features = feature_keys(base.in_features, stream, self.a.device)
 
     def __call__(self, x: Tensor, tokens: Tensor, training: bool) -> Tensor:
-        return lora_linear_op(x, self.frozen, self.bias, self.a, self.b, tokens, self.features, self.scale, self.dropout if training else 0.0)[0]
+        return lora_linear_op(x, self.frozen, self.bias, self.a, self.b, tokens, self.features, self.scale, self.dropout if training else 0.0,
+                              self.threshold)[0]
 
 
 def lora_gelu_mlp(first: LoraLinear, second: LoraLinear, x: Tensor, tokens: Tensor, training: bool) -> Tensor:
     """second(gelu(first(x))) as one operator: the activation is neither kept for the backward pass nor made in a pass of its own."""
     return lora_gelu_mlp_op(x, first.frozen + second.frozen, len(first.frozen), first.bias, second.bias, first.a, first.b, second.a, second.b, tokens,
-                            first.features, second.features, first.scale, second.scale, first.dropout if training else 0.0)[0]
+                            first.features, second.features, first.scale, second.scale, first.dropout if training else 0.0, first.threshold)[0]

@@ -112,7 +112,7 @@ def fastest_plan(options: Options, config, available: float, longest_row: int, *
     cuts = [options.micro_batch_tokens] if options.micro_batch_tokens else _cuts(options.rows_per_rank, longest_row)
     choices = []
     for tokens in cuts:
-        for copy in (False, True) if options.quantize_mode != "16bit" else (False,):
+        for copy in (False, True) if options.quantize_mode != "16bit" and not options.llm_int8 else (False,):
             reserve = IDLE_GIB if copy else 0
             fitting = (k for k in allowed if needs(tokens, k, copy) + reserve <= room)
             if (fewest := next(fitting, None)) is not None:

@@ -35,6 +35,7 @@ class Options:
 
     model_name: str
     quantize_mode: str
+    llm_int8: bool
     random_weights: bool
     revision: str | None
     compute_dtype: str
@@ -171,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="hub id, local folder, falcon-7b|11b|40b|180b (with --random_weights), or tiny-7b-style|tiny-40b-style, made on the spot (%(default)s, 2023)")
     model.add_argument("-q", "--quantize_mode", default="4bit", choices=QUANTIZE_MODES,
                        help="weights of the frozen base: NF4 with double quantisation, int8 weights x 16-bit compute, or plain bf16 (%(default)s, 2023)")
+    model.add_argument("--llm_int8", action="store_true",
+                       help="with -q 8bit: int8 inputs too, outliers apart, as bitsandbytes and 2023 compute; several times slower and less exact (off)")
     model.add_argument("--random_weights", action="store_true",
                        help="build the named Falcon at full size with random weights, without a download: measures speed and memory, learns nothing of use (off)")
     model.add_argument("--revision", metavar="REV", help="commit, branch or tag of the model on the hub (its default branch)")
@@ -256,6 +259,8 @@ def parse_options(arguments: list[str] | None = None) -> Options:
         raise UserError("--eval_steps without held-out rows evaluates nothing", "add --eval_fraction 0.02")
     if values["epochs"] is None and values["warmup_steps"] >= values["steps"] > 1:
         raise UserError(f"--warmup_steps {values['warmup_steps']} of {values['steps']} steps: the rate would never reach its peak", "warm up for less than --steps")
+    if values["llm_int8"] and values["quantize_mode"] != "8bit":
+        raise UserError(f"--llm_int8 is a way to compute with 8-bit weights, not with {values['quantize_mode']}", "add -q 8bit, or leave --llm_int8 out")
     if values["output_dir"] is None:
         mode = values["quantize_mode"] + ("-random" if values["random_weights"] else "")
         values["output_dir"] = f"results/{slug(values['model_name'])}-{mode}-{slug(values['dataset_name'])}"

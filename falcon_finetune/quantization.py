@@ -37,6 +37,7 @@ except ImportError:  # CPU builds of torch come without Triton
 if c_compiler() is None:
     kernels = None  # Triton would fail at its first launch; the plain twins serve, and finetune.py says what that costs
 
+LLM_INT8_THRESHOLD = 6.0  # features of the input from here on are multiplied in 16 bits (Dettmers et al. 2022, and bitsandbytes' default)
 STORED_AS = {"4bit": "nf4", "8bit": "int8", "16bit": "bf16"}
 
 
@@ -91,13 +92,15 @@ def _cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def load_base(base: BaseModel, mode: str, device: torch.device, model_class: type[FalconForCausalLM] = FalconForCausalLM) -> tuple[FalconForCausalLM, Census]:
+def load_base(base: BaseModel, mode: str, device: torch.device, model_class: type[FalconForCausalLM] = FalconForCausalLM,
+              *, llm_int8: bool = False) -> tuple[FalconForCausalLM, Census]:
     """Loads the frozen base onto one device, each decoder linear quantised as it arrives.
 
     Args:
         base: where the weights are, or the seed that makes them (`find_model`).
         mode: "4bit" (NF4, double quantisation), "8bit" (int8, one scale a row) or "16bit" (bf16).
         device: where every weight ends up; host memory never holds more than one shard of the checkpoint.
+        llm_int8: 8bit layers multiply by LLM.int8 (int8 inputs, outliers apart) instead of int8 weights x 16-bit compute.
 
     Returns:
         The model in eval mode without gradients (norms in float32, embeddings and head in bf16), and its census.
@@ -106,7 +109,7 @@ def load_base(base: BaseModel, mode: str, device: torch.device, model_class: typ
         UserError: tensors missing from the checkpoint or of another shape.
         RuntimeError: a decoder linear that is not stored as asked.
     """
-    model = _skeleton(base.config, mode, model_class)
+    model = _skeleton(base.config, mode, model_class, LLM_INT8_THRESHOLD if llm_int8 else 0.0)
     tensors = _random_tensors(model, base.random_seed, device) if base.random_seed is not None else _stored_tensors(weight_files(base))
     expected = {name: parameter.shape for name, parameter in model.named_parameters() if not (base.config.tie_word_embeddings and name == "lm_head.weight")}
     tied = base.config.tie_word_embeddings
@@ -152,7 +155,7 @@ def _place_tied_head(base: BaseModel, model: FalconForCausalLM, head: torch.Tens
         raise UserError(f"{base.name}: lm_head.weight differs from the embedding, but config.json ties them", 'set "tie_word_embeddings": false in config.json')
 
 
-def _skeleton(config, mode: str, model_class: type[FalconForCausalLM]) -> FalconForCausalLM:
+def _skeleton(config, mode: str, model_class: type[FalconForCausalLM], threshold: float) -> FalconForCausalLM:
     """The model without memory (meta device), its decoder linears already of the class that stores them."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -165,7 +168,7 @@ def _skeleton(config, mode: str, model_class: type[FalconForCausalLM]) -> Falcon
                 # gradient through them without an error (bitsandbytes 0.50; remove when its gemv_4bit has a backward).
                 twin.support_avx512bf16_for_cpu = False
             elif mode == "8bit":
-                twin = bnb.nn.Linear8bitLt(inputs, outputs, bias, has_fp16_weights=False, threshold=0.0)
+                twin = bnb.nn.Linear8bitLt(inputs, outputs, bias, has_fp16_weights=False, threshold=threshold)
             else:
                 twin = nn.Linear(inputs, outputs, bias, dtype=torch.bfloat16)
             model.set_submodule(name, twin)
@@ -327,6 +330,22 @@ def dequantize(tensors: list[torch.Tensor], shape: tuple[int, int], dtype: torch
             return kernels.dequantize_int8(codes, scales, dtype)
         return codes.to(dtype).mul_((scales * (1 / 127)).unsqueeze(1))  # float32 scales: rounded once, after the product
     return tensors[0].to(dtype)
+
+
+def int8_threshold(module: nn.Module) -> float:
+    """Of LLM.int8 in a decoder linear; 0 where it does not compute so."""
+    return float(module.state.threshold) if isinstance(module, bnb.nn.Linear8bitLt) else 0.0
+
+
+def int8_product(x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
+    """x W' + bias as LLM.int8 computes it: each row of x in int8 with its own scale, features that reach `threshold` anywhere in x in 16 bits.
+
+    x [T, in] in any float dtype, in which the result [T, out] comes; tensors: `frozen_tensors` of an 8bit layer.
+    """
+    codes, scales = tensors
+    x_codes, x_scales, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(x.to(torch.float16, copy=True), threshold)
+    product, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x.contiguous(), x_codes, codes, x_scales, scales, outliers, None)
+    return product if bias is None else product.add_(bias)
 
 
 def check_backend(mode: str, device: torch.device) -> None:

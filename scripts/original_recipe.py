@@ -24,8 +24,6 @@ from falcon_finetune.quantization import decoder_linears, load_base, pick_comput
 from falcon_finetune.run_record import device_name, peak_memory_gib, source_commit, versions
 from falcon_finetune.training import WARM_UP_STEPS, StepSampler
 
-LLM_INT8_THRESHOLD = 6.0
-
 
 def main() -> int:
     started = time.time()
@@ -36,13 +34,11 @@ def main() -> int:
     base = find_model(options.model_name, random_weights=options.random_weights, seed=options.seed, revision=options.revision)
     tokenizer = load_tokenizer(base)
     data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings, seed=options.seed)
-    model, census = load_base(base, options.quantize_mode, device)
+    model, census = load_base(base, options.quantize_mode, device, llm_int8=options.quantize_mode == "8bit")
     say(f"{base.identity}: {census.line()}; the 2023 recipe")
     for _, linear in decoder_linears(model):
         if options.quantize_mode == "4bit":
             linear.compute_dtype, linear.compute_type_is_set = dtype, True
-        elif options.quantize_mode == "8bit":
-            linear.state.threshold = LLM_INT8_THRESHOLD
     model = add_lora(model, options, base.identity)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     clock = StepEnds(device)

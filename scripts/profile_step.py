@@ -71,7 +71,7 @@ def profile(options) -> tuple[float, Counter]:
     data = prepare_data(options.dataset_name, tokenizer, max_length=options.max_length, model_max_length=base.config.max_position_embeddings)
     plan = choose_plan(options, base.config, device, dtype, data.report.longest_row_tokens)
     say(plan.line())
-    model, _ = load_base(base, options.quantize_mode, device, PackedFalcon)
+    model, _ = load_base(base, options.quantize_mode, device, PackedFalcon, llm_int8=options.llm_int8)
     model = add_lora(model, options, base.identity)
     model.base_model.model.prepare_packed(ForwardPlan(dtype, recomputed_layers=plan.recomputed_layers, compile=plan.compile, keep_16bit_copy=plan.keep_16bit_copy))
     window = ProfiledSteps()

@@ -28,9 +28,9 @@ def tiny_config(architecture: str, **changes) -> FalconConfig:
     return FalconConfig(**sizes | ARCHITECTURES[architecture] | changes)
 
 
-def load_random(config: FalconConfig, mode: str, device: torch.device = CPU):
+def load_random(config: FalconConfig, mode: str, device: torch.device = CPU, *, llm_int8: bool = False):
     """A base of random weights and its census; its norms and biases are random too, so that leaving one out shows."""
-    model, census = load_base(BaseModel("tiny", None, config, None, 3), mode, device, PackedFalcon)
+    model, census = load_base(BaseModel("tiny", None, config, None, 3), mode, device, PackedFalcon, llm_int8=llm_int8)
     generator = torch.Generator(device).manual_seed(4)
     for parameter in model.parameters():
         if parameter.dim() == 1:

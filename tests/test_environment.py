@@ -32,7 +32,7 @@ ROOMS = ["options", "console", "tiny_falcon", "hub", "family", "kernels", "quant
 # A new flag is a decision: it is added here, with its help line, and the total stays about 45 at most.
 FLAGS = {
     "-h", "--help",
-    "-m", "--model_name", "-q", "--quantize_mode", "--random_weights", "--revision", "--compute_dtype",
+    "-m", "--model_name", "-q", "--quantize_mode", "--llm_int8", "--random_weights", "--revision", "--compute_dtype",
     "-d", "--dataset_name", "--max_length", "--eval_fraction", "--eval_steps",
     "-s", "--steps", "--epochs", "-b", "--batch_size_per_device", "--gradient_accumulation_steps",
     "--learning_rate", "--lr_scheduler_type", "--warmup_steps", "--max_grad_norm",

@@ -2,6 +2,7 @@
 
 import itertools
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from falcon_finetune.lora import LoraLinear, add_lora, drop, feature_keys, keep_threshold, lora_linear_backward_op, lora_linear_op, mix
 from falcon_finetune.options import parse_options
 from falcon_finetune.training import cut_into_micro_batches
-from tests.falcons import CPU, MODES, adapted_tiny, load_random, random_rows, relative_error, stored_weight, tiny_config
+from tests.falcons import CPU, MODES, adapt, adapted_tiny, load_random, random_rows, relative_error, stored_weight, tiny_config
 
 TOKENS = 23
 
@@ -100,7 +101,7 @@ def test_operator_with_dropout_equals_plain_autograd_under_the_same_mask(mode):
 def test_operator_passes_torchs_own_checks(mode, dropout):
     module = adapted_linears(adapted_tiny("rw", mode))[0][1]
     linear, tokens, x = LoraLinear(module, 0), token_keys(TOKENS), random_input(module.in_features)
-    forward = (x, linear.frozen, linear.bias, linear.a, linear.b, tokens, linear.features, linear.scale, dropout)
+    forward = (x, linear.frozen, linear.bias, linear.a, linear.b, tokens, linear.features, linear.scale, dropout, 0.0)
     assert set(torch.library.opcheck(lora_linear_op, forward).values()) == {"SUCCESS"}
     with torch.no_grad():
         y, u = lora_linear_op(*forward)
@@ -162,3 +163,27 @@ def test_the_mask_of_a_row_does_not_depend_on_its_micro_batch():
 
     assert torch.equal(masks(1), masks(1000))
     assert torch.equal(masks(20), masks(1000))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ LLM.int8
+
+
+def test_llm_int8_equals_bitsandbytes_own_layer():
+    model = adapt(load_random(tiny_config("rw"), "8bit", llm_int8=True)[0])
+    for index, (name, module) in enumerate(adapted_linears(model)):
+        linear, base = LoraLinear(module, index), module.get_base_layer()
+        x = random_input(module.in_features).detach()
+        x[3, 5] = x[11, 2] = 40.0  # two outlying features
+        x.requires_grad_()
+        ours = lora_linear_op(x, linear.frozen, linear.bias, linear.a, linear.b * 0, token_keys(TOKENS), linear.features, 1.0, 0.0, linear.threshold)[0]
+        state = bnb.MatmulLtState(CB=linear.frozen[0], SCB=linear.frozen[1], has_fp16_weights=False, is_training=False)
+        state.threshold = 6.0
+        theirs = bnb.autograd._functions.MatMul8bitLt.apply(x, linear.frozen[0], None, base.bias.float(), state)
+        assert relative_error(ours, theirs) < 1e-5, name
+        exact = F.linear(x, stored_weight(base), base.bias.float())
+        assert 1e-4 < relative_error(ours, exact) < 0.05, name  # the inputs are rounded to int8
+        # Without the outliers apart, one scale a row would spoil the rows that have them.
+        without = lora_linear_op(x, linear.frozen, linear.bias, linear.a, linear.b * 0, token_keys(TOKENS), linear.features, 1.0, 0.0, 1e9)[0]
+        assert relative_error(ours[[3, 11]], exact[[3, 11]]) < 0.5 * relative_error(without[[3, 11]], exact[[3, 11]]), name
+        for gradient, expected in zip(gradients_of(ours, x), gradients_of(exact, x)):
+            assert relative_error(gradient, expected) < 1e-5, name
