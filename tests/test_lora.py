@@ -176,8 +176,8 @@ def test_llm_int8_equals_bitsandbytes_own_layer():
         x[3, 5] = x[11, 2] = 40.0  # two outlying features
         x.requires_grad_()
         ours = lora_linear_op(x, linear.frozen, linear.bias, linear.a, linear.b * 0, token_keys(TOKENS), linear.features, 1.0, 0.0, linear.threshold)[0]
-        state = bnb.MatmulLtState(CB=linear.frozen[0], SCB=linear.frozen[1], has_fp16_weights=False, is_training=False)
-        state.threshold = 6.0
+        state = bnb.MatmulLtState(CB=linear.frozen[0], SCB=linear.frozen[1])
+        state.threshold, state.has_fp16_weights, state.is_training = 6.0, False, False
         theirs = bnb.autograd._functions.MatMul8bitLt.apply(x, linear.frozen[0], None, base.bias.float(), state)
         assert relative_error(ours, theirs) < 1e-5, name
         exact = F.linear(x, stored_weight(base), base.bias.float())
